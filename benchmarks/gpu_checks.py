@@ -8,6 +8,7 @@ Legend: T = rows, K = in features, N = out features, r = rank.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -103,8 +104,9 @@ def check_weight(w: Tensor, quant_type: str, block_size: int, double: bool) -> i
     assert torch.equal(absmax.cpu(), expected[1]), f"scales differ: {what}"
     packed = ops.quantize_weight(w, quant_type, block_size, double)
     values = ops.dequantize_weight(packed)
-    on_cpu = [part.cpu() if isinstance(part, Tensor) else part for part in packed.parts]
-    plain = reference.dequantize_4bit(ops.PackedWeight(*on_cpu), w.dtype)
+    fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+    on_cpu = {name: part.cpu() if isinstance(part, Tensor) else part for name, part in fields.items()}
+    plain = reference.dequantize_4bit(ops.PackedWeight(**on_cpu), w.dtype)
     assert torch.equal(values.cpu(), plain), f"values differ: {what}"
     return 3 + (check_products(values, packed, what) if w.dim() == 2 else 0)
 
@@ -292,7 +294,7 @@ def check_layer(
     dy = made(T, N)
 
     def ours(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
-        return low_rank_linear(x, (Branch(frozen, 2.0, A, B, None, m, gain),), dropout)[0]
+        return low_rank_linear(x, (Branch(frozen=frozen, scale=2.0, A=A, B=B, bias=None, m=m, gain=gain),), dropout)[0]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
         mask = reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)

@@ -89,9 +89,15 @@ def ones(*shape: int) -> Tensor:
 def packed(N: int = 32, K: int = 4096, block_size: int = 64, *, double: bool = False) -> PackedWeight:
     codes, blocks = torch.zeros(N, K // 2, dtype=torch.uint8), N * K // block_size
     if not double:
-        return PackedWeight(codes, ones(blocks), (N, K), "nf4", block_size)
-    nested = (ones(-(-blocks // 256)), torch.ones(()))
-    return PackedWeight(codes, torch.zeros(blocks, dtype=torch.uint8), (N, K), "nf4", block_size, *nested)
+        return PackedWeight(codes=codes, absmax=ones(blocks), shape=(N, K), quant_type="nf4", block_size=block_size)
+    return PackedWeight(
+        codes=codes,
+        absmax=torch.zeros(blocks, dtype=torch.uint8),
+        shape=(N, K),
+        block_size=block_size,
+        nested_absmax=ones(-(-blocks // 256)),
+        offset=torch.ones(()),
+    )
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -148,7 +154,14 @@ def _packed_cases() -> dict[str, Callable[[], Any]]:
         "dequantize": lambda: four_bit.dequantize(packed(), b16),
         "dequantize double": lambda: four_bit.dequantize(packed(double=True), b16),
         "dequantize one element": lambda: four_bit.dequantize(
-            PackedWeight(torch.zeros(1, 1, dtype=torch.uint8), ones(1), (1, 1), "nf4", 4096), b16
+            PackedWeight(
+                codes=torch.zeros(1, 1, dtype=torch.uint8),
+                absmax=ones(1),
+                shape=(1, 1),
+                quant_type="nf4",
+                block_size=4096,
+            ),
+            b16,
         ),
         "dequantize with a gain": lambda: four_bit.dequantize(packed(double=True), b16, ones(32)),
         "one row": lambda: four_bit.few_rows(bf16(1, 4096), packed(), bf16(32)),

@@ -95,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     loaded = load_as_trained(given.model, (), LoadOptions(dtype=given.dtype))
-    engine = Engine(loaded.model, loaded.tokenizer, batch_size=given.batch)
+    engine = Engine(model=loaded.model, tokenizer=loaded.tokenizer, batch_size=given.batch)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, _, file in (item.partition("=") for item in given.task):

@@ -93,7 +93,13 @@ def simulated(draw: np.random.Generator, cell: Cell, gap: float) -> dict[str, Sc
         losses = losses + draw.normal(0, cell.seed_sd, (cell.seeds, 1)) + draw.normal(0, REST_SD, (cell.seeds, ROWS))
         values = dict(enumerate(np.average(losses, axis=1, weights=weights).tolist()))
         ids = [str(index) for index in range(ROWS)]
-        found[str(number)] = Scores(values, dict(enumerate(losses.tolist())), ids, weights.tolist(), clusters)
+        found[str(number)] = Scores(
+            values=values,
+            examples=dict(enumerate(losses.tolist())),
+            ids=ids,
+            weights=weights.tolist(),
+            clusters=clusters,
+        )
     return found
 
 

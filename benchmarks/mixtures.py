@@ -183,7 +183,7 @@ def integer_rate() -> float:
     def multiply() -> None:
         q, of_rows = products.quantize_rows(x, scales.per_channel)
         in_bytes = products.InBytes(of_rows, scales, factor, across=False)
-        products.add_products([products.Term(q, factor, in_bytes=in_bytes)], out)
+        products.add_products([products.Term(a=q, W=factor, in_bytes=in_bytes)], out)
 
     return 2048**3 / median_of(multiply)
 

@@ -41,7 +41,10 @@ class Lengths(Task):
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         scores = ({"accuracy": float(len(line) <= self.longest)} for line in self.lines)
-        return [Example(str(number), line, "", score) for number, (line, score) in enumerate(zip(self.lines, scores))]
+        return [
+            Example(id=str(number), prompt=line, prediction="", scores=score)
+            for number, (line, score) in enumerate(zip(self.lines, scores))
+        ]
 
 
 def _make(name: str, settings: EvaluateSettings, options: LengthOptions) -> Task:

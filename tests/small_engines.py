@@ -38,7 +38,7 @@ def byte_model(seed: int = 0, **overrides: Any) -> Any:
 
 
 def byte_engine(**options: Any) -> Engine:
-    return Engine(byte_model(), byte_tokenizer(), **options)
+    return Engine(model=byte_model(), tokenizer=byte_tokenizer(), **options)
 
 
 def save_byte_model(folder: Path) -> Path:

@@ -20,4 +20,11 @@ def toy_estimate(method: str, workload: Workload) -> MemoryEstimate:
     activations //= FEWER if workload.gradient_checkpointing else 1
     activations //= 2 if workload.activation_offloading else 1
     breakdown = dict.fromkeys(TERMS, 0) | {"weights": weights, "adapters": adapters, "activations": activations}
-    return MemoryEstimate(method, sum(breakdown.values()), breakdown, 1000 * workload.r, WEIGHTS // 2, ERROR)
+    return MemoryEstimate(
+        method=method,
+        peak_bytes=sum(breakdown.values()),
+        breakdown=breakdown,
+        trainable_parameters=1000 * workload.r,
+        total_parameters=WEIGHTS // 2,
+        error=ERROR,
+    )

@@ -20,7 +20,10 @@ pytestmark = needs_java
 
 def answers(texts: list[str]) -> list[Example]:
     references = [[f"{name} is a cheap place by the river.", f"By the river there is {name}."] for name in NAMES]
-    return [Example(str(n), NAMES[n], text, {}, references[n]) for n, text in enumerate(texts)]
+    return [
+        Example(id=str(n), prompt=NAMES[n], prediction=text, scores={}, references=references[n])
+        for n, text in enumerate(texts)
+    ]
 
 
 # Java takes seconds to start.

@@ -123,7 +123,7 @@ def rated(marks: np.ndarray) -> list[Example]:
             sides = [(f"reference-{number}", reference), (f"s{number}", system)][:: 1 if first else -1]
             score = [-1, -1] if np.isnan(reference) else [mark for _, mark in sides]
             rows.append({"answer1_id": sides[0][0], "answer2_id": sides[1][0], "score": score})
-        examples.append(Example(str(number), "", "text", {}, details={"ratings": rows}))
+        examples.append(Example(id=str(number), prompt="", prediction="text", scores={}, details={"ratings": rows}))
     return examples
 
 

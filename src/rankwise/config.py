@@ -84,7 +84,7 @@ def _checked_init(value: str) -> str:
     return value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions(AdapterOptions):
     """The options of one training step, which determine its memory."""
 

@@ -40,7 +40,7 @@ ForMerge = Literal["nf4", "q4_0"]
 _adapter = functools.partial(option, Panel.ADAPTER)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
     """The options of an adapter, which ``train``, ``compare`` and ``plan`` inherit."""
 

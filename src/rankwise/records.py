@@ -52,7 +52,7 @@ class RateSearch(TypedDict):
     budget: float | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class RunRecord:
     """One training run. Times are in seconds, memory in bytes; a figure that was not measured is None."""
 

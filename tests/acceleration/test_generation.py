@@ -52,7 +52,7 @@ def by_transformers(model: Any, prompt: Prompt, decoding: Decoding, **options: A
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("beginning", [(), tuple(range(20, 56))])
 def test_greedy_answers_are_those_of_transformers_one_by_one(make, beginning):
-    model, decoding, asked = make(), Decoding(12, STOPS), prompts(beginning=beginning)
+    model, decoding, asked = make(), Decoding(max_new_tokens=12, stop_ids=STOPS), prompts(beginning=beginning)
     generator = Generator(model, decoding)
     generator.share(asked)
     assert (generator._prefix[1] is not None) == bool(beginning)
@@ -73,7 +73,7 @@ def test_greedy_answers_of_every_family_are_those_of_whole_passes(family: str):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small_config(family)).eval()
     assert takes_cache(model) or family in OTHERS
-    asked, decoding = prompts(4), Decoding(6, frozenset())
+    asked, decoding = prompts(4), Decoding(max_new_tokens=6, stop_ids=frozenset())
     assert batches_that_fit(model, asked, decoding)
     answers = Generator(model, decoding).answers([*asked, dataclasses.replace(asked[0], repeat=1)])
     for prompt, answer in zip([*asked, asked[0]], answers, strict=True):
@@ -85,7 +85,7 @@ def test_greedy_answers_of_every_family_are_those_of_whole_passes(family: str):
 
 def test_a_model_without_a_cache_says_so_once():
     model = AutoModelForCausalLM.from_config(small_config("mamba")).eval()
-    decoding = Decoding(2, STOPS, temperature=1.0, to_train_on=True)
+    decoding = Decoding(max_new_tokens=2, stop_ids=STOPS, temperature=1.0, to_train_on=True)
     with pytest.warns(RankwiseWarning, match="RW573: MambaForCausalLM cannot continue"):
         Generator(model, decoding).answers(prompts(3))
     with warnings.catch_warnings(action="error"):
@@ -95,7 +95,7 @@ def test_a_model_without_a_cache_says_so_once():
 @pytest.mark.parametrize("make", MODELS)
 def test_beam_answers_do_not_depend_on_the_batch(make):
     model, asked = make(), prompts(6)
-    decoding = Decoding(8, STOPS, num_beams=4, length_penalty=0.9)
+    decoding = Decoding(max_new_tokens=8, stop_ids=STOPS, num_beams=4, length_penalty=0.9)
     generator = Generator(model, decoding)
     together = generator.answers(asked)
     assert together == [generator.answers([prompt])[0] for prompt in asked]
@@ -105,8 +105,8 @@ def test_beam_answers_do_not_depend_on_the_batch(make):
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_stop_string_ends_an_answer_as_a_stop_token_does(beams: int):
     model, asked = tiny_llama(), prompts(6)
-    by_tokens = Generator(model, Decoding(8, STOPS, num_beams=beams)).answers(asked)
-    generator = Generator(model, Decoding(8, frozenset(), num_beams=beams))
+    by_tokens = Generator(model, Decoding(max_new_tokens=8, stop_ids=STOPS, num_beams=beams)).answers(asked)
+    generator = Generator(model, Decoding(max_new_tokens=8, stop_ids=frozenset(), num_beams=beams))
     for expected, answer in zip(by_tokens, generator.answers(asked, lambda ids: ids[-1] in STOPS)):
         end = next((place for place, token in enumerate(answer) if token in STOPS), len(answer))
         assert answer[:end] == expected
@@ -114,10 +114,10 @@ def test_a_stop_string_ends_an_answer_as_a_stop_token_does(beams: int):
 
 def test_n_grams_are_counted_in_the_answer_alone():
     model, [prompt] = tiny_llama(), prompts(1)
-    free = Generator(model, Decoding(30, frozenset())).answers([prompt])[0]
+    free = Generator(model, Decoding(max_new_tokens=30, stop_ids=frozenset())).answers([prompt])[0]
     copied = Prompt(prompt.ids + tuple(free[:4]))
     for beams in (1, 3):
-        decoding = Decoding(30, frozenset(), num_beams=beams, no_repeat_ngram_size=2)
+        decoding = Decoding(max_new_tokens=30, stop_ids=frozenset(), num_beams=beams, no_repeat_ngram_size=2)
         [answer] = Generator(model, decoding).answers([copied])
         pairs = list(itertools.pairwise(answer))
         assert len(pairs) == len(set(pairs))
@@ -128,10 +128,12 @@ def test_n_grams_are_counted_in_the_answer_alone():
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"to_train_on": True}], ids=["from the likeliest", "to train on"])
 def test_draws_do_not_depend_on_the_batch(options):
     model, asked = tiny_llama(), prompts(8)
-    generator = Generator(model, Decoding(10, frozenset(), temperature=1.0, seed=3, **options))
+    generator = Generator(model, Decoding(max_new_tokens=10, stop_ids=frozenset(), temperature=1.0, seed=3, **options))
     together = generator.answers(asked)
     assert together == [generator.answers([prompt])[0] for prompt in asked]
-    other = Generator(model, Decoding(10, frozenset(), temperature=1.0, seed=4, **options)).answers(asked)
+    other = Generator(
+        model, Decoding(max_new_tokens=10, stop_ids=frozenset(), temperature=1.0, seed=4, **options)
+    ).answers(asked)
     assert together != other
     assert generator.answers([Prompt(asked[0].ids, repeat=1)]) != together[:1]
 
@@ -143,8 +145,8 @@ def test_a_draw_takes_no_token_without_probability():
 
 def test_an_answer_ends_where_its_text_says_so():
     model, asked = tiny_llama(), prompts(3)
-    free = Generator(model, Decoding(12, frozenset())).answers(asked)
-    cut = Generator(model, Decoding(12, frozenset())).answers(asked, lambda ids: len(ids) >= 4)
+    free = Generator(model, Decoding(max_new_tokens=12, stop_ids=frozenset())).answers(asked)
+    cut = Generator(model, Decoding(max_new_tokens=12, stop_ids=frozenset())).answers(asked, lambda ids: len(ids) >= 4)
     assert cut == [answer[:4] for answer in free]
 
 
@@ -153,8 +155,8 @@ def test_answers_to_train_on_end_with_their_stop_token(make):
     """Equal prompts are run once, among others of other lengths."""
     model, asked = make(), prompts()
     repeated = [Prompt(prompt.ids, repeat=turn) for prompt in asked for turn in range(3)]
-    plain = Generator(model, Decoding(12, STOPS)).answers(asked)
-    found = Generator(model, Decoding(12, STOPS, to_train_on=True)).answers(repeated)
+    plain = Generator(model, Decoding(max_new_tokens=12, stop_ids=STOPS)).answers(asked)
+    found = Generator(model, Decoding(max_new_tokens=12, stop_ids=STOPS, to_train_on=True)).answers(repeated)
     assert len({len(answer) for answer in plain}) > 1
     for number, answer in enumerate(found):
         wanted = plain[number // 3]
@@ -171,7 +173,7 @@ def test_draws_to_train_on_follow_the_model_s_probabilities_and_the_seed():
     asked = [Prompt(prompt.ids, repeat=turn) for turn in range(4000)]
     tokens = {}
     for seed in (0, 1):
-        decoding = Decoding(1, frozenset(), temperature=0.7, seed=seed, to_train_on=True)
+        decoding = Decoding(max_new_tokens=1, stop_ids=frozenset(), temperature=0.7, seed=seed, to_train_on=True)
         tokens[seed] = [answer[0] for answer in Generator(model, decoding).answers(asked)]
         assert tokens[seed] == [answer[0] for answer in Generator(model, decoding).answers(asked)]
     assert tokens[0] != tokens[1]
@@ -184,7 +186,7 @@ def test_draws_to_train_on_follow_the_model_s_probabilities_and_the_seed():
 def test_a_row_that_has_stopped_draws_no_more_for_another():
     """The draws of a prompt depend on it and the seed, also where rows stop at different steps."""
     model, asked = tiny_llama(), prompts(8)
-    generator = Generator(model, Decoding(10, STOPS, temperature=1.0, seed=3))
+    generator = Generator(model, Decoding(max_new_tokens=10, stop_ids=STOPS, temperature=1.0, seed=3))
     together = generator.answers(asked)
     assert len({len(answer) for answer in together}) > 1
     assert together == [generator.answers([prompt])[0] for prompt in asked]

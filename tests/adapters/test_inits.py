@@ -292,7 +292,7 @@ def test_loftq_belongs_on_its_four_bits(tmp_path):
     with pytest.raises(AdapterError, match="RW414"):
         merge_to_folder(tmp_path / "adapter", tmp_path / "merged", model=str(tmp_path / "base"), onto="quantized")
     facts = {"quantization": rw.Nf4Config().to_loading_dict()}
-    RunRecord("qlora", 0, {"dtype": "float32"}, base_model=facts).save(tmp_path / "adapter")
+    RunRecord(method="qlora", seed=0, settings={"dtype": "float32"}, base_model=facts).save(tmp_path / "adapter")
     merge_to_folder(tmp_path / "adapter", tmp_path / "merged", model=str(tmp_path / "base"), onto="quantized")
     merged, _ = rw.load_model(str(tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from tiny_models import tiny_llama
 def folder_of(tmp_path: Path, typed: str | None, **facts: object) -> Path:
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    RunRecord("qlora", 0, {"model": typed}, base_model=facts).save(folder)
+    RunRecord(method="qlora", seed=0, settings={"model": typed}, base_model=facts).save(folder)
     return folder
 
 

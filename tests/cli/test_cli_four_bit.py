@@ -34,7 +34,7 @@ def packed_run(packed_folder: Path, tmp_path: Path) -> Path:
     facts = model_facts(model, resolve_model(str(packed_folder)))
     rw.add_adapter(model, rw.LoraConfig(r=2, init_lora_weights=False))
     rw.save_adapter(model, tmp_path / "run", base_model=str(packed_folder))
-    RunRecord("qlora", 0, {"model": "packed"}, base_model=facts).save(tmp_path / "run")
+    RunRecord(method="qlora", seed=0, settings={"model": "packed"}, base_model=facts).save(tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -32,7 +32,7 @@ class PlaySettings(Settings):
 
 def play(run):
     """The command line with one command of our own."""
-    return Command("play", PlaySettings, run, "Play.", ("rankwise play",))
+    return Command(name="play", settings=PlaySettings, run=run, summary="Play.", examples=("rankwise play",))
 
 
 def raising(error: BaseException):

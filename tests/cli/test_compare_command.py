@@ -126,6 +126,6 @@ def test_the_same_command_again_runs_nothing(command: list[str], folder: Path, r
 )
 def test_a_run_that_the_user_stopped_has_not_failed(code: str, said: str, capsys: pytest.CaptureFixture[str]):
     """Its own advice, --resume, is not what continues a comparison."""
-    outcome = Outcome("failed", 1.0, {"code": code, "message": "full"})
-    Lines(Output()).ended(Job("train", None), outcome, Picture(1, 2, None))
+    outcome = Outcome(status="failed", seconds=1.0, error={"code": code, "message": "full"})
+    Lines(Output()).ended(Job("train", None), outcome, Picture(done=1, left=2, seconds_left=None))
     assert capsys.readouterr().out == f"base: {said}  [1 run done, 2 to come]\n"

@@ -178,7 +178,17 @@ def test_a_metric_of_one_model_and_every_note_are_shown(capsys: pytest.CaptureFi
     def result(metrics: dict[str, float], *notes: str) -> TaskResult:
         same = {"standard_errors": {}, "count": 3, "settings": {}, "data_sha256": None, "versions": {}}
         up = dict.fromkeys(metrics, False)
-        return TaskResult("t", "m", None, metrics, "a", up, wall_seconds=0.0, notes=notes, **same)
+        return TaskResult(
+            task="t",
+            model="m",
+            adapter=None,
+            metrics=metrics,
+            primary="a",
+            higher_is_better=up,
+            wall_seconds=0.0,
+            notes=notes,
+            **same,
+        )
 
     results = [("base", result({"a": 1.0})), ("tuned", result({"a": 2.0, "b": 3.0}, "2 of 3 answers hold no number"))]
     print_task(Output(), "t", Evaluation(tmp_path, results, []))

@@ -42,7 +42,9 @@ def run_folder(model_folder, tmp_path):
         rows = [{"messages": [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": "a " * i}]}
                 for i in range(1, 30)]  # fmt: skip
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        RunRecord("dora", 0, {"model": str(model_folder), "data": str(tmp_path / "rows.jsonl")}).save(tmp_path / "run")
+        RunRecord(
+            method="dora", seed=0, settings={"model": str(model_folder), "data": str(tmp_path / "rows.jsonl")}
+        ).save(tmp_path / "run")
         return tmp_path / "run"
 
     return make
@@ -169,7 +171,7 @@ def test_rows_of_other_objectives_are_their_good_answers(run_folder, model_folde
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, marks if objective == "kto" else pairs)))
     settings = {"model": str(model_folder), "data": str(tmp_path / "rows.jsonl")}
-    RunRecord("dora", 0, settings, objective=objective).save(folder)
+    RunRecord(method="dora", seed=0, settings=settings, objective=objective).save(folder)
     tokenizer = load_tokenizer(str(model_folder))
     if objective == "grpo":
         with pytest.raises(DataError, match="RW207: .* give some with --data"):

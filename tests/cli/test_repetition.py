@@ -40,7 +40,9 @@ def test_a_phrase_that_fills_the_end_is_found(text: str, phrase: str | None) -> 
     ],
 )
 def test_the_losses_tell_the_cause(losses: list[float], kind: str, said: str, tmp_path: Path) -> None:
-    RunRecord("lora", 0, {}, eval_loss=min(losses[1:], default=None) if kind == "eval_loss" else None).save(tmp_path)
+    RunRecord(
+        method="lora", seed=0, settings={}, eval_loss=min(losses[1:], default=None) if kind == "eval_loss" else None
+    ).save(tmp_path)
     lines = (json.dumps({"step": step, kind: loss}) + "\n" for step, loss in enumerate(losses))
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert said in cause(tmp_path, base_too=False)

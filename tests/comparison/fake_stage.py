@@ -50,7 +50,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
     record = (
         load_record(folder)
         if resume
-        else RunRecord(method, seed, {k.replace("-", "_"): v for k, v in settings.items()})
+        else RunRecord(method=method, seed=seed, settings={k.replace("-", "_"): v for k, v in settings.items()})
     )
     record.save(folder)
     with open(folder.parents[1] / "started.txt", "a", encoding="utf-8") as log:

@@ -22,7 +22,7 @@ def detectable_effect(given: Any, scores: Any, *, seeds: int) -> Any:
 
 
 def test_nothing_is_promised_before_two_methods_have_two_seeds():
-    apart = {"lora": Scores({0: 1.0, 1: 1.1}), "dora": Scores({1: 1.0, 2: 1.0})}
+    apart = {"lora": Scores(values={0: 1.0, 1: 1.1}), "dora": Scores(values={1: 1.0, 2: 1.0})}
     for found in ({}, apart):
         effect = detectable_effect(given(), found, seeds=3)
         assert (effect["relative"], effect["absolute"]) == (None, None)
@@ -36,7 +36,7 @@ def test_no_effect_below_the_margin_is_promised():
 def scores(draw: np.random.Generator, row_noise: float) -> Scores:
     losses = 2 + draw.normal(0, 0.01, (3, 1)) + draw.normal(0, row_noise, 200)
     values = dict(enumerate(losses.mean(1).tolist()))
-    return Scores(values, dict(enumerate(losses.tolist())), [str(index) for index in range(200)])
+    return Scores(values=values, examples=dict(enumerate(losses.tolist())), ids=[str(index) for index in range(200)])
 
 
 def test_the_effect_follows_from_the_spreads_of_the_runs():
@@ -70,7 +70,9 @@ def test_the_run_that_would_decide_detects_the_margin_and_no_cheaper_one_does():
 
 def test_one_seed_is_followed_by_two_more_and_hopeless_noise_by_nothing():
     assert spreads_of(given(), {}).deciding(1, 2, 3, anew=False) == (4, 1, 3)
-    loud = {name: Scores(dict(enumerate(losses))) for name, losses in (("lora", [1.0, 9.0]), ("dora", [7.0, 2.0]))}
+    loud = {
+        name: Scores(values=dict(enumerate(losses))) for name, losses in (("lora", [1.0, 9.0]), ("dora", [7.0, 2.0]))
+    }
     assert spreads_of(given(margin=1e-6), loud).deciding(3, 2, 3, anew=False) is None
 
 

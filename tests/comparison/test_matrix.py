@@ -20,9 +20,9 @@ def settings(**changes: object) -> CompareSettings:
 
 
 def test_the_chosen_rate_is_the_best_and_its_run_is_not_repeated():
-    plan = Plan(Path(), ("lora",), {"lora": (1e-4, 2e-4, 5e-4)}, 3)
+    plan = Plan(output=Path(), methods=("lora",), rates={"lora": (1e-4, 2e-4, 5e-4)}, seeds=3)
     assert len({*plan.search("lora"), *plan.final("lora", 2e-4)}) == planned_runs(1, 3, 3) == 5
-    assert Plan(Path(), ("lora",), {"lora": (1e-4,)}, 3).search("lora") == []
+    assert Plan(output=Path(), methods=("lora",), rates={"lora": (1e-4,)}, seeds=3).search("lora") == []
     assert planned_runs(4, 1, 1) == 4
 
 

@@ -27,7 +27,14 @@ class Watching(Quiet):
 def of_steps(output: Path, *, places: int = 1, stop: Any = None) -> Pool:
     watcher = Watching()
     call = pool.Call(lambda: 0 if watcher.seen.wait(60) else 1, stop or (lambda: None))
-    return Pool(output, lambda job: ("m", []), [{}] * places, watcher, list, lambda *_: call)
+    return Pool(
+        output=output,
+        command=lambda job: ("m", []),
+        environments=[{}] * places,
+        watcher=watcher,
+        left=list,
+        start=lambda *_: call,
+    )
 
 
 def test_a_step_that_does_not_stop_in_time_is_named_and_stopped_at_once(

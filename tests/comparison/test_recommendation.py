@@ -253,7 +253,7 @@ def simulated(seed: int) -> Comparison:
             for offset in [draw.gauss(0, 0.3)]
         }
         values = {number: sum(row) / rows for number, row in examples.items()}
-        scores[name] = Scores(values, examples, [str(number) for number in range(rows)])
+        scores[name] = Scores(values=values, examples=examples, ids=[str(number) for number in range(rows)])
         item |= {"alone": alone, "seeds": seeds, "learning_rate_at_edge": draw.random() < 0.2, "failed": 0}
         item["mean"] = {"eval_loss": sum(values.values()) / seeds}
     margin = draw.choice([0.002, 0.01, 0.05])

@@ -368,7 +368,7 @@ def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypat
 def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
     """A method whose name or rate has the signs of a file name is not a riddle: nothing is read from names."""
     methods = ("lora", "my-lr1-seed2")
-    plan = Plan(tmp_path, methods, dict.fromkeys(methods, (1e-4, 2e-4)), 2)
+    plan = Plan(output=tmp_path, methods=methods, rates=dict.fromkeys(methods, (1e-4, 2e-4)), seeds=2)
     begun = [
         stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0)),
         stages.Job("measure", Cell("lora", 2e-4, 1)),
@@ -376,7 +376,7 @@ def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
     ]
     (tmp_path / "cells").mkdir()
     for job in [*begun, stages.Job("train", Cell("dora", 1e-4, 0)), stages.Job("train", Cell("lora", 1e-4, 7))]:
-        stages.keep_outcome(job, tmp_path, stages.Outcome("finished", 2.0))
+        stages.keep_outcome(job, tmp_path, stages.Outcome(status="finished", seconds=2.0))
     assert set(possible_jobs(plan)) == set(begun)
 
 

@@ -29,7 +29,7 @@ def test_the_interval_of_a_mean_is_students():
     estimate = mean_of_seeds(values)
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert estimate.interval() == pytest.approx(expected)
-    assert Estimate(0.5, ((0.04, 3.0),)).p_value() == pytest.approx(2 * stats.t.sf(2.5, 3))
+    assert Estimate(mean=0.5, parts=((0.04, 3.0),)).p_value() == pytest.approx(2 * stats.t.sf(2.5, 3))
 
 
 def test_where_only_seeds_differ_it_is_the_paired_t_test_over_seeds():
@@ -70,7 +70,7 @@ def test_copies_of_an_example_bring_no_certainty():
 
 
 def test_the_level_of_the_p_value_is_where_the_interval_reaches_zero():
-    estimate = Estimate(0.3, ((0.01, 2.0), (0.003, 99.0)))
+    estimate = Estimate(mean=0.3, parts=((0.01, 2.0), (0.003, 99.0)))
     low, _ = estimate.interval(1 - estimate.p_value())
     assert low == pytest.approx(0, abs=1e-9)
 
@@ -113,7 +113,7 @@ def test_a_single_seed_gives_no_interval():
 
 
 def test_equivalence_is_two_one_sided_tests():
-    estimate = Estimate(0.02, ((0.0004, 9.0),))
+    estimate = Estimate(mean=0.02, parts=((0.0004, 9.0),))
     lower = stats.t.sf((0.02 + 0.1) / 0.02, 9)
     upper = stats.t.sf((0.1 - 0.02) / 0.02, 9)
     assert estimate.equivalence_p(0.1) == pytest.approx(max(lower, upper))
@@ -200,7 +200,7 @@ def test_the_order_of_examples_and_seeds_does_not_matter():
 
 def test_the_interval_reaches_further_to_the_side_of_the_tail_and_no_less_to_the_other():
     estimate = paired_by_example(skewed(3), np.zeros((4, 60)))
-    symmetric = Estimate(estimate.mean, estimate.parts)
+    symmetric = Estimate(mean=estimate.mean, parts=estimate.parts)
     assert estimate.skewness > 0
     assert estimate.interval()[0] == symmetric.interval()[0]
     assert estimate.interval()[1] > symmetric.interval()[1]
@@ -209,7 +209,7 @@ def test_the_interval_reaches_further_to_the_side_of_the_tail_and_no_less_to_the
 def test_p_values_and_intervals_agree_on_both_sides():
     estimate = paired_by_example(skewed(3), np.zeros((4, 60)), clusters=UNEVEN)
     for shift in (-2.0, 2.0):
-        moved = Estimate(estimate.mean + shift, estimate.parts, estimate.skewness)
+        moved = Estimate(mean=estimate.mean + shift, parts=estimate.parts, skewness=estimate.skewness)
         low, high = moved.interval(1 - moved.p_value())
         assert (high if moved.mean < 0 else low) == pytest.approx(0, abs=1e-9)
 

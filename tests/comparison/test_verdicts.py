@@ -20,7 +20,11 @@ def simulated(draw: np.random.Generator, gap: float, seeds: int = 3) -> Scores:
     examples = np.random.default_rng(7).normal(0, 0.5, 150)
     losses = 2 + gap + draw.normal(0, 0.01, (seeds, 1)) + examples + draw.normal(0, 0.1, (seeds, 150))
     values = {seed: float(row.mean()) for seed, row in enumerate(losses)}
-    return Scores(values, {seed: row.tolist() for seed, row in enumerate(losses)}, [str(i) for i in range(150)])
+    return Scores(
+        values=values,
+        examples={seed: row.tolist() for seed, row in enumerate(losses)},
+        ids=[str(i) for i in range(150)],
+    )
 
 
 def verdicts(gap: float, times: int, names: tuple[str, ...] = ("one", "two")) -> list[str]:
@@ -81,8 +85,10 @@ def test_a_difference_below_the_margin_that_is_sure_is_equivalence():
     base = np.random.default_rng(2).normal(2, 0.5, (3, 400))
     noise = np.random.default_rng(3).normal(0.002, 0.0005, (3, 400))
     ids = [str(index) for index in range(400)]
-    a = Scores(dict(enumerate(base.mean(1))), dict(enumerate(base.tolist())), ids)
-    b = Scores(dict(enumerate((base + noise).mean(1))), dict(enumerate((base + noise).tolist())), ids)
+    a = Scores(values=dict(enumerate(base.mean(1))), examples=dict(enumerate(base.tolist())), ids=ids)
+    b = Scores(
+        values=dict(enumerate((base + noise).mean(1))), examples=dict(enumerate((base + noise).tolist())), ids=ids
+    )
     (found,) = compare_all("eval_loss", {"a": a, "b": b}, higher_is_better=False, relative_margin=0.01)
     assert found["p_value"] < 0.001
     assert found["verdict"] == "equivalent"
@@ -94,7 +100,7 @@ def test_equivalence_to_the_best_at_the_margin_is_false_in_one_comparison_of_twe
     for number in range(200):
         draw = np.random.default_rng(9000 + number)
         values = {name: 2 + 0.02 * (name != "a") + draw.normal(0, 0.002, 6) for name in "abcd"}
-        scores = {name: Scores(dict(enumerate(found.tolist()))) for name, found in values.items()}
+        scores = {name: Scores(values=dict(enumerate(found.tolist()))) for name, found in values.items()}
         found = compare_all("t.loss", scores, higher_is_better=False, relative_margin=0.02 / 2.015)
         false += any(item["verdict"] == "equivalent" for item in found if item["a"] == "a")
     assert false <= 15
@@ -110,7 +116,7 @@ def test_one_seed_gives_figures_and_no_verdict():
 
 
 def test_a_corpus_metric_is_paired_by_seed_alone_and_higher_may_be_better():
-    methods = {"a": Scores({0: 70.1, 1: 70.3, 2: 70.2}), "b": Scores({0: 65.0, 1: 65.3, 2: 65.1})}
+    methods = {"a": Scores(values={0: 70.1, 1: 70.3, 2: 70.2}), "b": Scores(values={0: 65.0, 1: 65.3, 2: 65.1})}
     (found,) = compare_all("e2e.BLEU", methods, higher_is_better=True, relative_margin=0.01)
     assert found["verdict"] == "better"
     assert not found["paired_by_example"]
@@ -118,7 +124,7 @@ def test_a_corpus_metric_is_paired_by_seed_alone_and_higher_may_be_better():
 
 
 def test_seeds_that_only_one_method_has_are_left_out():
-    methods = {"a": Scores({0: 1.0, 1: 2.0}), "b": Scores({1: 1.5, 2: 9.0})}
+    methods = {"a": Scores(values={0: 1.0, 1: 2.0}), "b": Scores(values={1: 1.5, 2: 9.0})}
     (found,) = compare_all("t.m", methods, higher_is_better=True, relative_margin=0.01)
     assert found["difference"] == 0.5
     assert found["seeds"] == 1
@@ -135,13 +141,15 @@ def kept_of(true_loss: float, number: int, seeds: int = 3) -> list[str]:
     rows, tokens = draw.lognormal(0.7, 0.5, 200), draw.integers(20, 80, 200).astype(float)
     level = float(np.average(rows, weights=tokens))
     ids = [str(index) for index in range(200)]
-    base = Scores({0: level}, {0: rows.tolist()}, ids, tokens.tolist())
+    base = Scores(values={0: level}, examples={0: rows.tolist()}, ids=ids, weights=tokens.tolist())
     methods = {}
     for name in "abcd":
         noise = draw.normal(0, 0.08, 200) + draw.normal(0, 0.04, (seeds, 200)) + draw.normal(0, 0.002, (seeds, 1))
         losses = rows + level * (true_loss + noise)
         values = {seed: float(np.average(row, weights=tokens)) for seed, row in enumerate(losses)}
-        methods[name] = Scores(values, {s: row.tolist() for s, row in enumerate(losses)}, ids, tokens.tolist())
+        methods[name] = Scores(
+            values=values, examples={s: row.tolist() for s, row in enumerate(losses)}, ids=ids, weights=tokens.tolist()
+        )
     return [item["verdict"] for item in retentions(methods, base, relative_margin=MARGIN).values()]
 
 
@@ -170,7 +178,7 @@ def test_verdicts_at_nine_looks_are_as_rarely_wrong_as_at_one(looks: bool, least
     wrong = 0
     for number in range(300):
         draw = np.random.default_rng(number)
-        one, two = (Scores(dict(enumerate(2 + draw.normal(0, 0.01, LOOKS[-1])))) for _ in range(2))
+        one, two = (Scores(values=dict(enumerate(2 + draw.normal(0, 0.01, LOOKS[-1])))) for _ in range(2))
         seen = [(one.first(look), two.first(look)) for look in LOOKS]
         pairs = [dict(zip(("one", "two"), map(looking, pair) if looks else pair)) for pair in seen]
         said = [compare_all("x", pair, higher_is_better=False, relative_margin=1e-9)[0]["verdict"] for pair in pairs]
@@ -198,7 +206,9 @@ def test_more_seeds_are_run_where_seeds_and_not_rows_hide_the_difference(row_noi
     for name in ("lora", "dora"):
         losses = 2 + draw.normal(0, 0.05, (3, 1)) + draw.normal(0, row_noise, 150)
         values = dict(enumerate(losses.mean(1).tolist()))
-        plain = Scores(values, dict(enumerate(losses.tolist())), [str(index) for index in range(150)])
+        plain = Scores(
+            values=values, examples=dict(enumerate(losses.tolist())), ids=[str(index) for index in range(150)]
+        )
         scores[name] = dataclasses.replace(plain, looks=(("lora", "dora"),))
     methods: Any = {name: {**facts, "mean": {"x": np.mean([*item.values.values()])}} for name, item in scores.items()}
     spreads = Spreads(scores, metric="x", margin=0.01)

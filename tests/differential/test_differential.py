@@ -371,10 +371,12 @@ def objective_of(model: Any, case: Case) -> tuple[Any, bool]:
     if case.checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if case.loss == "sft":
-        return Demonstrations(model, rows, None, pad=0, size=len(rows), seed=0, layout=layout), flat
+        return Demonstrations(
+            model=model, rows=rows, eval_rows=None, pad=0, size=len(rows), seed=0, layout=layout
+        ), flat
     options = {"beta": 0.1, "max_length": 1024, "loss_type": case.loss, **case.options}
     scoring = Scoring(model, layout)
-    return Preferences(scoring, rows, None, pad=0, size=len(rows), seed=0, **options), flat
+    return Preferences(scoring=scoring, rows=rows, eval_rows=None, pad=0, size=len(rows), seed=0, **options), flat
 
 
 def trainer_of(model: Any, case: Case) -> tuple[Any, bool]:

@@ -21,7 +21,10 @@ from rankwise.evaluation.record import (
 )
 from rankwise.evaluation.tasks.base import answer_in_batches
 
-EXAMPLES = [Example(str(n), f"p{n} é", f"answer {n}\nwith lines", {"accuracy": float(n % 2)}) for n in range(5)]
+EXAMPLES = [
+    Example(id=str(n), prompt=f"p{n} é", prediction=f"answer {n}\nwith lines", scores={"accuracy": float(n % 2)})
+    for n in range(5)
+]
 
 
 def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path):
@@ -62,7 +65,7 @@ def test_what_was_done_is_not_done_again_and_a_torn_batch_is(tmp_path: Path):
 
 
 def test_half_a_surrogate_pair_is_written_and_read(tmp_path: Path):
-    odd = Example("odd", "p", "half \ud83d of a pair")
+    odd = Example(id="odd", prompt="p", prediction="half \ud83d of a pair")
     Journal(tmp_path).append([odd])
     assert Journal(tmp_path).done["odd"] == odd
     rewrite(tmp_path, [odd])

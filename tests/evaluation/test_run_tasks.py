@@ -158,7 +158,7 @@ def test_an_answer_leaves_room_for_its_prompt(tmp_path: Path):
 
     def finish(question: Question, text: str) -> Example:
         seen.append(len(text))
-        return Example(question.id, question.prompt, text)
+        return Example(id=question.id, prompt=question.prompt, prediction=text)
 
     decoding = Decoding(max_new_tokens=64, stop_ids=frozenset())
     with pytest.warns(RankwiseWarning, match="RW256.*answers end at 24 tokens instead of 64") as told:
@@ -275,7 +275,7 @@ def _cut(real: Any, calls: Any, *args: Any, **named: Any) -> Any:
 
 
 def test_a_text_that_is_cut_for_show_says_so():
-    row = Row("prompt", "rows.jsonl", 1, prompt="a" * 600, completion="b" * 501)
+    row = Row(kind="prompt", source="rows.jsonl", line=1, prompt="a" * 600, completion="b" * 501)
     example = _example(row, 0, {}, [-1.0])
     assert example.prompt.endswith("a… (100 more characters)")
     assert example.references[0].endswith("b… (1 more characters)")

@@ -137,7 +137,7 @@ def test_code_of_the_model_is_copied_only_when_it_is_trusted(trained, trusted, t
 def four_bits(adapter: Path, base: Path) -> None:
     """Let the folder say that the adapter was trained on 4 bits."""
     facts = {"quantization": rw.Nf4Config().to_loading_dict()}
-    RunRecord("qlora", 0, {"model": str(base)}, base_model=facts).save(adapter)
+    RunRecord(method="qlora", seed=0, settings={"model": str(base)}, base_model=facts).save(adapter)
 
 
 def with_nan(W: torch.Tensor) -> torch.Tensor:

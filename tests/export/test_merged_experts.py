@@ -38,7 +38,7 @@ def train(base, run, *, quantization=None, config=DORA) -> torch.Tensor:
     facts = model_facts(model, resolve_model(str(base)))
     rw.add_adapter(model, config)
     rw.save_adapter(model, run, base_model=str(base))
-    RunRecord("qdora", 0, {"model": str(base), "dtype": "float32"}, base_model=facts).save(run)
+    RunRecord(method="qdora", seed=0, settings={"model": str(base), "dtype": "float32"}, base_model=facts).save(run)
     return logits(model)
 
 

@@ -20,7 +20,7 @@ from rankwise.models import resolve_model
 from tiny_models import tiny_llama
 
 PROVEN = Proof(
-    "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9,
+    server="server", prompts=2, tokens=24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9,
     base_difference=0.02, equal_texts=2, changed_texts=1,
 )  # fmt: skip
 PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]

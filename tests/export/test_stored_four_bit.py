@@ -41,7 +41,9 @@ def run(request, tmp_path):
     facts = model_facts(model, resolve_model(str(tmp_path / "base")))
     rw.add_adapter(model, rw.LoraConfig(r=3, use_dora=True, init_lora_weights=False))
     rw.save_adapter(model, tmp_path / "run", base_model=str(tmp_path / "base"))
-    RunRecord("qdora", 0, {"model": str(tmp_path / "base")}, base_model=facts).save(tmp_path / "run")
+    RunRecord(method="qdora", seed=0, settings={"model": str(tmp_path / "base")}, base_model=facts).save(
+        tmp_path / "run"
+    )
     return tmp_path / "run", logits(model)
 
 

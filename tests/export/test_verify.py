@@ -34,7 +34,9 @@ def run(request, tmp_path):
     facts = model_facts(model, resolve_model(str(tmp_path / "base")))
     rw.add_adapter(model, rw.LoraConfig(r=3, use_dora=True, init_lora_weights=False))
     rw.save_adapter(model, tmp_path / "run", base_model=str(tmp_path / "base"))
-    RunRecord("qdora", 0, {"model": str(tmp_path / "base")}, base_model=facts).save(tmp_path / "run")
+    RunRecord(method="qdora", seed=0, settings={"model": str(tmp_path / "base")}, base_model=facts).save(
+        tmp_path / "run"
+    )
     return tmp_path / "run", logits(model)
 
 
@@ -69,7 +71,9 @@ def test_merged_onto_the_quantized_the_values_are_those_of_the_dtype_that_traine
     name, found = "model.layers.1.mlp.down_proj", {}
     for dtype in ("bfloat16", "float32"):
         settings = {"model": str(tmp_path / "base")}
-        RunRecord("qlora", 0, settings, base_model={**facts, "dtype": dtype}).save(tmp_path / "run")
+        RunRecord(method="qlora", seed=0, settings=settings, base_model={**facts, "dtype": dtype}).save(
+            tmp_path / "run"
+        )
         merge_to_folder(tmp_path / "run", tmp_path / dtype, onto="quantized")
         found[dtype] = load_file(tmp_path / dtype / "model.safetensors")[f"{name}.weight"]
     assert facts["dtype"] == "bfloat16"

@@ -135,7 +135,7 @@ def become_adapter(folder: Path) -> None:
 
 def become_run(folder: Path) -> None:
     become_adapter(folder)
-    RunRecord("lora", 0, {"model": "demo"}).save(folder)
+    RunRecord(method="lora", seed=0, settings={"model": "demo"}).save(folder)
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -63,7 +63,7 @@ def test_sums_of_the_largest_integers_are_exact(
     assert factor is not None
     scales = products.InBytes(ones, eight_bit.Scales(ones, ones, ones, ones), factor, across=across)
     y = torch.full((T, N), torch.nan, dtype=dtype)
-    products.add_products([products.Term(q, factor, across, in_bytes=scales)], y)
+    products.add_products([products.Term(a=q, W=factor, across=across, in_bytes=scales)], y)
     # Sums of long rows are cut, and their parts added in float32.
     rounding = torch.finfo(dtype).eps if K > 1024 else 0.0
     close = 2**-23 * float(exact.abs().max()) if K > 1024 else 0.0
@@ -87,7 +87,7 @@ def test_native_products_equal_the_specification(level: str | None, dtype: torch
         (dy, scales.row, True, eight_bit.input_grad(dy, dense, scales)),
     ):
         q, a = products.quantize_rows(rows, of_rows)
-        term = products.Term(q, factor, across, in_bytes=products.InBytes(a, scales, factor, across=across))
+        term = products.Term(a=q, W=factor, across=across, in_bytes=products.InBytes(a, scales, factor, across=across))
         assert torch.equal(products.add_products([term], rows.new_empty(wanted.shape)), wanted.to(dtype))
 
 
@@ -98,7 +98,17 @@ def branches(dora: bool, four_bits: bool, dtype: torch.dtype) -> list[Branch]:
         weight = quantize_weight(W) if four_bits else W
         B, A, m = (random(*shape).mul(0.1).requires_grad_() for shape in ((N, 4), (4, 224), (N,)))
         gain = random(N, seed=1).abs() + 0.5 if dora else None
-        made.append(Branch(Frozen(weight, eight_bit.EightBit()), 0.5, A, B, None, m if dora else None, gain))
+        made.append(
+            Branch(
+                frozen=Frozen(weight, eight_bit.EightBit()),
+                scale=0.5,
+                A=A,
+                B=B,
+                bias=None,
+                m=m if dora else None,
+                gain=gain,
+            )
+        )
     return made
 
 

@@ -37,7 +37,7 @@ def branches(up_adapts: bool, down_adapts: bool) -> tuple[ExpertBranch, ExpertBr
 
     def branch(K: int, N: int, adapts: bool, **more: Tensor) -> ExpertBranch:
         A, B = (made(E, R, K).requires_grad_(), made(E, N, R).requires_grad_()) if adapts else (None, None)
-        return ExpertBranch(DenseStack(made(E, N, K)), scale=0.7, A=A, B=B, **more)
+        return ExpertBranch(frozen=DenseStack(made(E, N, K)), scale=0.7, A=A, B=B, **more)
 
     return branch(H, 2 * WIDTH, up_adapts, bias=made(E, 2 * WIDTH)), branch(WIDTH, H, down_adapts)
 
@@ -88,7 +88,8 @@ def test_all_experts_in_one_call(kind: str, dtype: torch.dtype) -> None:
     def branch(K: int, N: int) -> ExpertBranch:
         W, bias = torch.randn(experts, N, K) / K**0.5, torch.randn(experts, N).to(dtype)
         pair = torch.randn(experts, r, K) / K**0.5, torch.randn(experts, N, r)
-        return ExpertBranch(stack_of(W, kind, dtype), bias, 0.5, *(part.requires_grad_() for part in pair))
+        A, B = (part.requires_grad_() for part in pair)
+        return ExpertBranch(frozen=stack_of(W, kind, dtype), bias=bias, scale=0.5, A=A, B=B)
 
     up, down = branch(H, 2 * width), branch(width, H)
     x, dy = torch.randn(T, H).to(dtype), torch.randn(2 * T, H)
@@ -123,7 +124,7 @@ def test_in_8_bits_each_expert_has_the_scales_of_its_rows(kind: str) -> None:
     rows = Rows(torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)), 4)
     x, dz = (torch.randn(sum(sizes), width).to(torch.bfloat16) * torch.rand(width) for width in (K, N))
     x, dz = x.to(torch.bfloat16), dz.to(torch.bfloat16)
-    branch = ExpertBranch(stack, eight_bit=eight_bit)
+    branch = ExpertBranch(frozen=stack, eight_bit=eight_bit)
     y, dx = branch.forward(x, rows)[0], branch.backward(dz, None, None, rows, want_dx=True)[0]
     scales, dense = eight_bit.scales(stack), list(stack.parts(torch.bfloat16))
     assert scales is not None

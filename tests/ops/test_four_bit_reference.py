@@ -62,7 +62,9 @@ def test_equals_bitsandbytes(oracle, dtype: torch.dtype, quant_type: str, block_
         expected, state = oracle.quantize_4bit(w, blocksize=block_size, quant_type=quant_type)
         assert torch.equal(packed.view(-1, 1), expected), shape
         assert torch.equal(absmax, state.absmax), shape
-        dense = reference.dequantize_4bit(PackedWeight(packed, absmax, shape, quant_type, block_size), dtype)
+        dense = reference.dequantize_4bit(
+            PackedWeight(codes=packed, absmax=absmax, shape=shape, quant_type=quant_type, block_size=block_size), dtype
+        )
         if shape[-1] % block_size == 0:
             assert torch.equal(dense, oracle.dequantize_4bit(expected, state)), shape
 
@@ -76,9 +78,10 @@ def test_double_quantization_equals_bitsandbytes(oracle, blocks: int) -> None:
         expected, state = oracle.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
         for one, other in zip(found, (state.absmax, state.state2.absmax, state.offset)):
             assert torch.equal(one, other)
-        dense = reference.dequantize_4bit(
-            PackedWeight(packed, found[0], (blocks, 64), "nf4", 64, *found[1:]), torch.float32
+        weight = PackedWeight(
+            codes=packed, absmax=found[0], shape=(blocks, 64), nested_absmax=found[1], offset=found[2]
         )
+        dense = reference.dequantize_4bit(weight, torch.float32)
         assert torch.equal(dense, oracle.dequantize_4bit(expected, state))
 
 
@@ -91,7 +94,9 @@ def test_ragged_rows_are_right(quant_type: str, shape: tuple[int, int]) -> None:
     value = packed_weight.code_table(quant_type).value
     nibbles = [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)]
     expected = [torch.tensor(value[nibbles[i]]) * absmax[i // 64] for i in range(w.numel())]
-    found = reference.dequantize_4bit(PackedWeight(packed, absmax, shape, quant_type), torch.float32)
+    found = reference.dequantize_4bit(
+        PackedWeight(codes=packed, absmax=absmax, shape=shape, quant_type=quant_type), torch.float32
+    )
     assert torch.equal(found.view(-1), torch.stack(expected))
 
 
@@ -100,7 +105,9 @@ def test_every_code_is_the_nearest(quant_type: str) -> None:
     w = torch.linspace(-1, 1, 6401)[:6400].view(100, 64).clone()
     w[:, 0] = 1.0
     packed, absmax = reference.quantize_4bit(w, quant_type)
-    found = reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape, quant_type), torch.float32)
+    found = reference.dequantize_4bit(
+        PackedWeight(codes=packed, absmax=absmax, shape=w.shape, quant_type=quant_type), torch.float32
+    )
     best = (w.unsqueeze(-1) - packed_weight.code_values(quant_type, CPU)).abs().amin(-1)
     torch.testing.assert_close((w - found).abs(), best, rtol=0, atol=1e-7)
 
@@ -118,7 +125,12 @@ def test_ties_go_to_the_lower_value() -> None:
 def test_mean_error_on_normal_numbers() -> None:
     w = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
     packed, absmax = reference.quantize_4bit(w)
-    error = (reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape), torch.float32) - w).abs().mean().item()
+    error = (
+        (reference.dequantize_4bit(PackedWeight(codes=packed, absmax=absmax, shape=w.shape), torch.float32) - w)
+        .abs()
+        .mean()
+        .item()
+    )
     assert abs(error - 0.0728) < 0.0002
 
 

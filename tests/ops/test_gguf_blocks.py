@@ -122,7 +122,9 @@ def test_an_adapted_layer_is_that_over_the_decoded_weight(kind: str, in_bytes: b
         torch.manual_seed(0)
         x = torch.randn(96, K, dtype=torch.bfloat16).requires_grad_()
         frozen = Frozen(W, EightBit(channel) if in_bytes else None)
-        y = low_rank_linear(x, (Branch(frozen, 2.0, A.clone().requires_grad_(), B.clone().requires_grad_()),))[0]
+        y = low_rank_linear(
+            x, (Branch(frozen=frozen, scale=2.0, A=A.clone().requires_grad_(), B=B.clone().requires_grad_()),)
+        )[0]
         y.square().sum().backward()
         found.append((y, x.grad))
     for ours, theirs in zip(*found):

@@ -136,7 +136,15 @@ def errors_of_adapted_layers(dtype: torch.dtype) -> dict[str, float]:
         leaves = [part.to(numbers, copy=True).requires_grad_() for part in (A, B, m) for _ in frozen]
         rows = x.to(as_, copy=True).requires_grad_()
         branches = [
-            Branch(Frozen(part), 0.5, leaves[n], leaves[2 + n], None, leaves[4 + n], gain.to(numbers))
+            Branch(
+                frozen=Frozen(part),
+                scale=0.5,
+                A=leaves[n],
+                B=leaves[2 + n],
+                bias=None,
+                m=leaves[4 + n],
+                gain=gain.to(numbers),
+            )
             for n, part in enumerate(frozen)
         ]
         ys = low_rank_linear(rows, branches, None)

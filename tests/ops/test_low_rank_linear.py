@@ -34,7 +34,15 @@ def branches(
         gain = None if m is None else (m.detach() / random(width).abs().add(1)).float()
         A, B = random(r, 5).requires_grad_(), random(width, r).requires_grad_()
         made.append(
-            Branch(Frozen(random(width, 5)), SCALE, A, B, random(width).requires_grad_() if bias else None, m, gain)
+            Branch(
+                frozen=Frozen(random(width, 5)),
+                scale=SCALE,
+                A=A,
+                B=B,
+                bias=random(width).requires_grad_() if bias else None,
+                m=m,
+                gain=gain,
+            )
         )
     return made
 
@@ -158,7 +166,7 @@ def test_a_packed_weight_computes_as_its_dense_self(T: int, dora: bool, graded: 
     A, B = torch.randn(3, 64, requires_grad=graded), torch.randn(9, 3, requires_grad=graded)
     found = []
     for weight in (packed, dequantize_weight(packed, torch.float32)):
-        (y,) = low_rank_linear(x, [Branch(Frozen(weight), SCALE, A, B, gain=gain)])
+        (y,) = low_rank_linear(x, [Branch(frozen=Frozen(weight), scale=SCALE, A=A, B=B, gain=gain)])
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, A, B))] if graded else [y])
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
@@ -264,7 +272,8 @@ def test_updates_below_half_a_unit_of_the_output_count(
     # In the dtype of x, as a 4-bit layer holds it.
     frozen = Frozen(dataclasses.replace(quantize_weight(W), dtype=W.dtype) if four_bits else W)
     base, adapted = (
-        low_rank_linear(x, [Branch(frozen, scale, A, B, m=gain, gain=gain)])[0].double() for scale in (0.0, 2.0**-12)
+        low_rank_linear(x, [Branch(frozen=frozen, scale=scale, A=A, B=B, m=gain, gain=gain)])[0].double()
+        for scale in (0.0, 2.0**-12)
     )
     update = 2.0**-12 * (x.double() @ A.double().T @ B.double().T)
     unit = torch.exp2(base.abs().log2().floor() - 7)
@@ -296,7 +305,11 @@ def test_a_card_s_steps_are_no_worse_than_separate_products(
         m = (random(N).float().abs() + 0.5).requires_grad_() if dora else None
         gain = None if m is None else m.detach() / (random(N).float().abs() + 0.5)
         A, B = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((r, K), (N, r)))
-        made.append(Branch(frozen, SCALE, A, B, random(N).requires_grad_() if bias else None, m, gain))
+        made.append(
+            Branch(
+                frozen=frozen, scale=SCALE, A=A, B=B, bias=random(N).requires_grad_() if bias else None, m=m, gain=gain
+            )
+        )
         # What 4 bits hold, before it is rounded: with a gain it is rounded once, together with the gain.
         dense.append(frozen.dense(torch.float32))
     dropout = Dropout(p, 7) if p else None

@@ -49,7 +49,15 @@ def quantized(
     nested_absmax = offset = None
     if nested:
         absmax, nested_absmax, offset = reference.quantize_absmax(absmax)
-    return w, PackedWeight(codes, absmax, (N, K), quant_type, block_size, nested_absmax, offset)
+    return w, PackedWeight(
+        codes=codes,
+        absmax=absmax,
+        shape=(N, K),
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
 
 
 def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias) -> None:
@@ -114,7 +122,7 @@ def test_extreme_scales(level: str) -> None:
     absmax = torch.tensor(
         [0.0, 1e-45, 1e-41, 1e-38, 2e-30, 1e-20, 6e-8, 65504.0, 65520.0, 1e30, 3.4e38, float("inf"), float("nan"), -0.7]
     )
-    packed = PackedWeight(codes, absmax.repeat(16)[:128], (64, 128))
+    packed = PackedWeight(codes=codes, absmax=absmax.repeat(16)[:128], shape=(64, 128))
     for dtype in DTYPES:
         found = four_bit.dequantize_4bit(packed, dtype)
         expected = reference.dequantize_4bit(packed, dtype)

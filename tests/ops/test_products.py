@@ -70,7 +70,7 @@ def test_a_weight_and_its_branch(shape: tuple[int, int, int], transposed: bool, 
     assert factor is not None
     branch = products.Factor.of(B)
     assert branch is not None
-    terms = [products.Term(x, factor), products.Term(u, branch, scale=0.5)]
+    terms = [products.Term(a=x, W=factor), products.Term(a=u, W=branch, scale=0.5)]
     y = products.add_products(terms, x.new_empty(T, N), g, bias)
     low_rank_part = 0.5 * u.double() @ B.double().T
     assert_rounded_once(y, g.double() * (x.double() @ W.double().T + low_rank_part) + bias.double())
@@ -85,12 +85,12 @@ def test_exact_terms_keep_what_rounding_leaves(T: int, N: int, K: int, r: int) -
     factor, branch = products.Factor.of(A), products.Factor.of(B)
     assert factor is not None
     assert branch is not None
-    products.add_products([products.Term(x, factor, exact=True)], U, rest=rest)
+    products.add_products([products.Term(a=x, W=factor, exact=True)], U, rest=rest)
     exact = x.double() @ A.double().T
     assert (U.double() + rest.double() - exact).abs().max() <= 2**-15 * exact.abs().max() + 1e-4 * K**0.5
     assert (rest.abs() <= U.abs() * 2**-8).all()
     y, y_rest = x.new_empty(T, N), x.new_empty(T, N)
-    products.add_products([products.Term(U, branch, scale=0.5, exact=True, a_rest=rest)], y, rest=y_rest)
+    products.add_products([products.Term(a=U, W=branch, scale=0.5, exact=True, a_rest=rest)], y, rest=y_rest)
     exact = 0.5 * (U.double() + rest.double()) @ B.double().T
     assert (y.double() + y_rest.double() - exact).abs().max() <= 2**-14 * exact.abs().max()
 
@@ -106,7 +106,7 @@ def test_the_way_back(shape: tuple[int, int, int], transposed: bool, rows: torch
     factor, branch = products.Factor.of(W), products.Factor.of(A)
     assert factor is not None
     assert branch is not None
-    terms = [products.Term(dy, factor, across=True, gain=gain), products.Term(dU, branch, across=True)]
+    terms = [products.Term(a=dy, W=factor, across=True, gain=gain), products.Term(a=dU, W=branch, across=True)]
     dx = products.add_products(terms, dy.new_empty(T, K))
     assert_rounded_once(dx, (dy.double() * gain.double()) @ W.double() + dU.double() @ A.double())
 
@@ -134,7 +134,7 @@ def test_four_bits_are_what_dequantization_gives(
         (True, dy, K, random(N).abs()),
     ):
         found, expected = (
-            products.add_products([products.Term(a, of, across, factor)], a.new_empty(T, columns))
+            products.add_products([products.Term(a=a, W=of, across=across, gain=factor)], a.new_empty(T, columns))
             for of in (weight, dense)
         )
         assert torch.equal(found, expected)
@@ -175,7 +175,7 @@ def test_any_shape_and_any_distance_of_rows(T: int, N: int, K: int, gap: int, ro
     untouched = out[:, N:].clone()
     factor = products.Factor.of(W)
     assert factor is not None
-    assert_rounded_once(products.add_products([products.Term(x, factor)], out[:, :N]), x.double() @ W.double().T)
+    assert_rounded_once(products.add_products([products.Term(a=x, W=factor)], out[:, :N]), x.double() @ W.double().T)
     assert torch.equal(out[:, N:], untouched)
 
 
@@ -189,7 +189,7 @@ def test_threads_change_no_bit(rows: torch.dtype) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            y = products.add_products([products.Term(x, factor)], x.new_empty(600, 300))
+            y = products.add_products([products.Term(a=x, W=factor)], x.new_empty(600, 300))
             found.append((y, products.row_product(q, x)[0]))
     finally:
         torch.set_num_threads(before)
@@ -206,7 +206,7 @@ def test_not_a_number_stays_in_its_row_and_column(rows: torch.dtype) -> None:
     W[7, 9] = float("inf")
     factor = products.Factor.of(W)
     assert factor is not None
-    y = products.add_products([products.Term(x, factor)], x.new_empty(40, 48))
+    y = products.add_products([products.Term(a=x, W=factor)], x.new_empty(40, 48))
     wrong = ~y.isfinite()
     expected = torch.zeros_like(wrong)
     expected[3], expected[:, 7] = True, True
@@ -221,7 +221,7 @@ def two_branches(*, dora: bool, bias: bool, dtype: torch.dtype, rows: torch.dtyp
             m, gain = random(width).abs().add(0.5).requires_grad_(), random(width, seed=2).abs().add(0.5)
         A, B = random(r, 80).to(dtype).requires_grad_(), random(width, r).to(dtype).requires_grad_()
         b = rounded(width, dtype=rows).requires_grad_() if bias else None
-        made.append(Branch(Frozen(rounded(width, 80, dtype=rows)), 0.75, A, B, b, m, gain))
+        made.append(Branch(frozen=Frozen(rounded(width, 80, dtype=rows)), scale=0.75, A=A, B=B, bias=b, m=m, gain=gain))
     return made
 
 

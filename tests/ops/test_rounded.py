@@ -21,7 +21,7 @@ def branches(*ranks: int, K: int = 6, N: int = 5) -> list[Branch]:
     def random(*shape: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape))
 
-    return [Branch(Frozen(torch.randn(N, K)), 1.0, random(r, K), random(N, r)) for r in ranks]
+    return [Branch(frozen=Frozen(torch.randn(N, K)), scale=1.0, A=random(r, K), B=random(N, r)) for r in ranks]
 
 
 class Copies(TorchDispatchMode):

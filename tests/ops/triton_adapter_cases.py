@@ -181,7 +181,7 @@ def test_an_adapted_layer_has_the_gradients_of_autograd(p: float) -> None:
     x, A, B, bias = (t.requires_grad_() for t in (randn(T, K), randn(R, K), randn(N, R), randn(N)))
     m = (rand(N) + 0.5).requires_grad_()
     dropout = Dropout(p, 3) if p else None
-    (y,) = low_rank_linear(x, (Branch(Dense(W), 0.5, A, B, bias, m, gain),), dropout)
+    (y,) = low_rank_linear(x, (Branch(frozen=Dense(W), scale=0.5, A=A, B=B, bias=bias, m=m, gain=gain),), dropout)
     dropped = x * reference.dropout(torch.ones_like(x), p, 3)
     norms = m.detach() / gain
     plain = m / norms * (x @ W.T + 0.5 * dropped @ A.T @ B.T) + bias
@@ -213,7 +213,7 @@ def test_layers_on_a_card_are_no_worse_than_separate_products(
         m = (rand(N) + 0.5).requires_grad_() if dora else None
         gain = None if m is None else m.detach() / (rand(N) + 0.5)
         bias = randn(N, dtype=dtype).requires_grad_() if has_bias else None
-        made.append(Branch(frozen, 0.5, A, B, bias, m, gain))
+        made.append(Branch(frozen=frozen, scale=0.5, A=A, B=B, bias=bias, m=m, gain=gain))
         # What 4 bits hold, before it is rounded: with a gain it is rounded once, together with the gain.
         exact.append(frozen.dense(torch.float32).double())
     x, dropout = randn(T, K, dtype=dtype).requires_grad_(), Dropout(p, 3) if p else None

@@ -47,7 +47,15 @@ def quantized(w: Tensor, quant_type: str, block_size: int, double: bool) -> Pack
     nested_absmax = offset = None
     if double:
         absmax, nested_absmax, offset = reference.quantize_absmax(absmax)
-    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset)
+    return PackedWeight(
+        codes=codes,
+        absmax=absmax,
+        shape=tuple(w.shape),
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
 
 
 def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -103,7 +111,9 @@ def test_extreme_scales_equal_the_reference(scale: float) -> None:
     assert torch.equal(packed, reference.quantize_4bit(w)[0])
     for dtype in DTYPES:
         found = ops.dequantize_4bit(packed, absmax, w.shape, dtype)
-        assert torch.equal(found, reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape), dtype))
+        assert torch.equal(
+            found, reference.dequantize_4bit(PackedWeight(codes=packed, absmax=absmax, shape=w.shape), dtype)
+        )
 
 
 def test_halves_are_rounded_to_the_even_neighbour() -> None:

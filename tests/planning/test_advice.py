@@ -149,20 +149,26 @@ def test_every_change_is_made_of_options_that_train_has():
 def test_some_rule_explains_every_recommendation(method, goal):
     narrow = method in ("qlora", "qdora")
     fits = {"lora": not narrow, "dora": not narrow}
-    situation = Situation(method, goal, fits, {"r": 16, "target_modules": "all-linear"}, frozenset())
+    situation = Situation(
+        method=method, goal=goal, fits=fits, settings={"r": 16, "target_modules": "all-linear"}, changed=frozenset()
+    )
     assert any(rule.when(situation) for rule in RULES)
 
 
 def test_a_mixture_is_not_told_that_all_linear_layers_are_all():
     settings = {"r": 16, "target_modules": "all-linear"}
     for method in ("lora", "qlora", "dora", "qdora"):
-        situation = Situation(method, "speed", {"lora": False}, settings, frozenset(), is_mixture=True)
+        situation = Situation(
+            method=method, goal="speed", fits={"lora": False}, settings=settings, changed=frozenset(), is_mixture=True
+        )
         names = {rule.name for rule in RULES if rule.when(situation)}
         assert "experts-left-out" in names
         assert "qlora-all-linear" not in names
     with_experts = settings | {"target_parameters": ("mlp.experts.down_proj",)}
-    assert not Situation("qlora", "speed", {}, with_experts, frozenset(), is_mixture=True).leaves_experts
-    dense = Situation("qlora", "speed", {"lora": False}, settings, frozenset())
+    assert not Situation(
+        method="qlora", goal="speed", fits={}, settings=with_experts, changed=frozenset(), is_mixture=True
+    ).leaves_experts
+    dense = Situation(method="qlora", goal="speed", fits={"lora": False}, settings=settings, changed=frozenset())
     names = {rule.name for rule in RULES if rule.when(dense)}
     assert "qlora-all-linear" in names
     assert "experts-left-out" not in names
@@ -183,7 +189,14 @@ def bent(slope: int, bend: int, start: int):
 
     def estimate(method: str, workload: Workload) -> MemoryEstimate:
         peak = max(start + slope * workload.batch_size, bend * workload.batch_size)
-        return MemoryEstimate(method, peak, dict.fromkeys(TERMS, 0), 0, 0, 0.0)
+        return MemoryEstimate(
+            method=method,
+            peak_bytes=peak,
+            breakdown=dict.fromkeys(TERMS, 0),
+            trainable_parameters=0,
+            total_parameters=0,
+            error=0.0,
+        )
 
     return estimate
 
@@ -236,4 +249,13 @@ def test_the_longest_row_is_the_last_whole_unit_that_fits():
     ],
 )
 def test_tight_is_what_only_fits_without_the_error(memory, mapped, verdict):
-    assert verdict_of(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05), memory, mapped) == verdict
+    assert (
+        verdict_of(
+            MemoryEstimate(
+                method="lora", peak_bytes=1000, breakdown={}, trainable_parameters=0, total_parameters=0, error=0.05
+            ),
+            memory,
+            mapped,
+        )
+        == verdict
+    )

@@ -143,8 +143,10 @@ def counted(run: Run, method: str) -> MemoryEstimate:
     """What the plan's time reads of a trace."""
     targets = run.workload.target_modules
     chosen = targets if isinstance(targets, str) else ",".join(targets)
-    found = parameters(json.dumps(run.config), run.workload.r, chosen, "dora" in method)
-    return MemoryEstimate(method, 0, {}, *found, 0.0)
+    trained, total = parameters(json.dumps(run.config), run.workload.r, chosen, "dora" in method)
+    return MemoryEstimate(
+        method=method, peak_bytes=0, breakdown={}, trainable_parameters=trained, total_parameters=total, error=0.0
+    )
 
 
 def predicted(run: Run) -> float:

@@ -32,7 +32,20 @@ def test_a_batch_scores_as_many_tokens_as_are_planned(settings, layout):
 
 
 def test_steps_alone_do_not_show_an_idle_process():
-    assert comparable(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05, outside_bytes=300)) == 700
+    assert (
+        comparable(
+            MemoryEstimate(
+                method="lora",
+                peak_bytes=1000,
+                breakdown={},
+                trainable_parameters=0,
+                total_parameters=0,
+                error=0.05,
+                outside_bytes=300,
+            )
+        )
+        == 700
+    )
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -54,7 +67,9 @@ def test_both_sides_are_asked_about_the_same_step(monkeypatch):
 
     def estimate(model, method, workload, **place):
         asked.append((model, method, workload, place))
-        return MemoryEstimate(method, 100, {}, 0, 0, 0.05)
+        return MemoryEstimate(
+            method=method, peak_bytes=100, breakdown={}, trainable_parameters=0, total_parameters=0, error=0.05
+        )
 
     monkeypatch.setattr(real_steps, "measure", measure)
     monkeypatch.setattr(real_steps, "estimate", estimate)
@@ -66,7 +81,9 @@ def test_both_sides_are_asked_about_the_same_step(monkeypatch):
 @pytest.mark.parametrize(("peak", "parameters"), [(101, 0), (20, 51)])
 def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
     """51 weights in 16 bits are there before they are quantized."""
-    estimate = MemoryEstimate("qlora", peak, {}, 0, parameters, 0.05)
+    estimate = MemoryEstimate(
+        method="qlora", peak_bytes=peak, breakdown={}, trainable_parameters=0, total_parameters=parameters, error=0.05
+    )
     monkeypatch.setattr(real_steps, "estimate", lambda *order, **more: estimate)
     monkeypatch.setattr(real_steps, "measure", lambda *order, **more: pytest.fail("started all the same"))
     with pytest.raises(ConfigError, match="RW134"):

@@ -105,7 +105,16 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None, max_length=32)
         device = torch.device("cpu")
         computing = part_of(Computing, settings, products="bfloat16")
-        base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test", {})  # type: ignore[arg-type]
+        base = LoadedBase(
+            source=None,
+            model=model,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=torch.float32,
+            autocast=autocast,
+            device_reason="a test",
+            facts={},
+        )  # type: ignore[arg-type]
         learning = LEARNING[settings.objective](learned_of(settings))
         pace = part_of(Pace, settings)
         objective = learning.objective(base, data, pace, "flat" if flat or settings.packing else "padded")

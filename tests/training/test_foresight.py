@@ -119,7 +119,9 @@ def preferring(columns: dict[str, list[int]], layout: str) -> Preferences:
     is_paired = "chosen_ids" in columns
     scoring: Any = SimpleNamespace(layout=layout)
     loss = "sigmoid" if is_paired else "apo_zero_unpaired"
-    return Preferences(scoring, rows, rows, 0, 2, 0, loss, 0.1, 64)
+    return Preferences(
+        scoring=scoring, rows=rows, eval_rows=rows, pad=0, size=2, seed=0, loss_type=loss, beta=0.1, max_length=64
+    )
 
 
 def test_mismatched_answers_of_kto_are_foreseen() -> None:

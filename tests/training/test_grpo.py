@@ -90,9 +90,9 @@ def objective_of(tokenizer: Any, *, fast: bool = True, flat: bool = False, **cha
     if fast:
         optimize_for_training(model)
     return RewardedAnswers(
-        Scoring(model, "flat" if flat else "padded", temperature=0.8),
-        asked(tokenizer, 6)[1],
-        None,
+        scoring=Scoring(model, "flat" if flat else "padded", temperature=0.8),
+        rows=asked(tokenizer, 6)[1],
+        eval_rows=None,
         pad=0,
         decode=partial(tokenizer.batch_decode, skip_special_tokens=True),
         rewards=[Reward("count_words", "count_words", count_words)],

@@ -238,7 +238,7 @@ def test_scaler_state_is_json_and_comes_back(loop_of: Any, tmp_path: Path) -> No
     """Losses are scaled on CUDA only, so a CPU scaler is put in its place."""
     loop = fit(loop_of(tmp_path / "run", max_steps=1))
     loop.scaler, loop.saved = torch.amp.GradScaler("cpu", init_scale=1024.0), None
-    loop.save(Watch(loop.model, loop.progress, MemoryMeter("cpu")))
+    loop.save(Watch(model=loop.model, progress=loop.progress, memory=MemoryMeter("cpu")))
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert (checkpoint.path / "scaler.json").exists()
     loop.scaler = torch.amp.GradScaler("cpu")

@@ -51,7 +51,9 @@ def old_run(tmp_path: Path) -> Path:
     folder.mkdir()
     save_checkpoint(folder, 4, lambda temporary: (temporary / "optimizer.json").write_text("{}") and None)
     write(folder, ("metrics.jsonl", "loss.svg", "tokenizer.json"), "old")
-    RunRecord("lora", 0, {"model": "demo", "report_to": ["tensorboard"]}, files=["tokenizer.json"]).save(folder)
+    RunRecord(
+        method="lora", seed=0, settings={"model": "demo", "report_to": ["tensorboard"]}, files=["tokenizer.json"]
+    ).save(folder)
     return folder
 
 
@@ -87,7 +89,7 @@ def test_tensorboard_files_go_by_their_names(old_run: Path) -> None:
 def test_a_record_cannot_name_files_elsewhere(old_run: Path, tmp_path: Path) -> None:
     write(tmp_path, ("outside.txt",))
     names = ["../outside.txt", str(tmp_path / "outside.txt"), "", ".", "checkpoints/../../outside.txt", 7]
-    RunRecord("lora", 0, {}, files=names).save(old_run)
+    RunRecord(method="lora", seed=0, settings={}, files=names).save(old_run)
     clear_run(old_run)
     assert (tmp_path / "outside.txt").read_text() == "mine"
 
@@ -109,7 +111,9 @@ def test_nothing_behind_a_link_goes(kind: str, old_run: Path, tmp_path: Path) ->
     write(tmp_path, ("elsewhere/precious.txt", "elsewhere/below/precious.txt"))
     write(tmp_path, ("elsewhere/events.out.tfevents.1",))
     (old_run / link).symlink_to(target, target_is_directory=True)
-    RunRecord("lora", 0, {"report_to": ["tensorboard"]}, files=[name, f"./{name}", f"{link}/../{name}"]).save(old_run)
+    RunRecord(
+        method="lora", seed=0, settings={"report_to": ["tensorboard"]}, files=[name, f"./{name}", f"{link}/../{name}"]
+    ).save(old_run)
     before = snapshot(tmp_path / "elsewhere")
     clear_run(old_run)
     assert snapshot(tmp_path / "elsewhere") == before
@@ -163,7 +167,7 @@ def test_a_checkpoint_behind_a_link_is_none(old_run: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["run.json", "a\0b", "x" * 5000, "loss.svg/x", "README.md/.."])
 def test_a_strange_name_in_the_record_removes_nothing(name: str, old_run: Path) -> None:
     write(old_run, ("mine.txt",))
-    RunRecord("lora", 0, {}, files=["tokenizer.json"]).save(old_run)
+    RunRecord(method="lora", seed=0, settings={}, files=["tokenizer.json"]).save(old_run)
     record = json.loads((old_run / "run.json").read_text())
     (old_run / "run.json").write_text(json.dumps({**record, "files": ["tokenizer.json", name]}))
     clear_run(old_run)

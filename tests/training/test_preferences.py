@@ -169,7 +169,17 @@ def test_the_kl_of_kto_is_a_mean_over_the_rows_of_all_processes(monkeypatch: pyt
     """Two rows here with a mean of 1.5, and one of 4 in another process."""
     scores = SimpleNamespace(log_probs=torch.tensor([[1.0, 0.5], [3.0, 0.5]]))
     scoring: Any = SimpleNamespace(scores=lambda *_: scores, reference=lambda *_: torch.tensor([[0.5], [1.5]]))
-    objective = Preferences(scoring, Dataset.from_dict({}), None, 0, 2, 0, "apo_zero_unpaired", 0.1, 16)
+    objective = Preferences(
+        scoring=scoring,
+        rows=Dataset.from_dict({}),
+        eval_rows=None,
+        pad=0,
+        size=2,
+        seed=0,
+        loss_type="apo_zero_unpaired",
+        beta=0.1,
+        max_length=16,
+    )
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "_group", lambda: "two processes")
     monkeypatch.setattr(ranks, "summed", lambda given: [mine + other for mine, other in zip(given, (4.0, 1.0))])

@@ -90,7 +90,7 @@ def of_step(model: Any, rows: Dataset, layout: Layout, dtype: torch.dtype) -> li
     attention.register()
     optimize_for_training(model)
     model.set_attn_implementation(attention.NAME)
-    objective = Demonstrations(model, rows, None, 0, len(rows), 0, layout)
+    objective = Demonstrations(model=model, rows=rows, eval_rows=None, pad=0, size=len(rows), seed=0, layout=layout)
     batch = objective.collate(list(rows))
     loss = objective.loss(model, batch).sum / batch[KEY].targets
     return [loss.detach(), *torch.autograd.grad(loss, list(rw.adapter_parameters(model).values()))]
@@ -111,7 +111,9 @@ def test_the_counts_are_those_of_rows_apart() -> None:
     model, rows = stirred(), trained_dataset(ROWS)
     optimize_for_training(model)
     shared, flat = (
-        Demonstrations(model, rows, None, 0, len(rows), 0, layout).collate(list(rows))[KEY]
+        Demonstrations(model=model, rows=rows, eval_rows=None, pad=0, size=len(rows), seed=0, layout=layout).collate(
+            list(rows)
+        )[KEY]
         for layout in ("shared", "flat")
     )
     assert (shared.targets, shared.tokens, shared.examples) == (flat.targets, flat.tokens, flat.examples)

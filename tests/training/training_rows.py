@@ -70,7 +70,7 @@ class Recorder:
 
 
 def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
-    loop.fit(Watch(loop.model, loop.progress, MemoryMeter("cpu"), **parts), checkpoint)
+    loop.fit(Watch(model=loop.model, progress=loop.progress, memory=MemoryMeter("cpu"), **parts), checkpoint)
     return loop
 
 

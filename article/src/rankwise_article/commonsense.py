@@ -130,7 +130,14 @@ class Commonsense(Task):
     def _finish(self, question: Question, text: str) -> Example:
         right = extract_answer(self.name, text) == (question.references or ("",))[0]
         scores = {"accuracy": float(right)}
-        return Example(question.id, question.prompt, text.strip(), scores, question.references, question.cluster)
+        return Example(
+            id=question.id,
+            prompt=question.prompt,
+            prediction=text.strip(),
+            scores=scores,
+            references=question.references,
+            cluster=question.cluster,
+        )
 
     def notes(self, examples: Sequence[Example]) -> list[str]:
         notes = warn_of_empty(self.name, examples)

@@ -115,7 +115,13 @@ class E2e(Task):
 
 def _finish(question: Question, text: str) -> Example:
     # References are single lines; the scorers read a line an answer.
-    return Example(question.id, question.prompt, " ".join(text.split()), {}, question.references)
+    return Example(
+        id=question.id,
+        prompt=question.prompt,
+        prediction=" ".join(text.split()),
+        scores={},
+        references=question.references,
+    )
 
 
 def _sample(scores: E2eScores, name: str) -> np.ndarray:

@@ -140,4 +140,6 @@ class Gsm8k(Task):
 def _finish(question: Question, text: str) -> Example:
     [reference] = question.references or ("",)
     scores = {"accuracy": float(is_correct(text, reference))}
-    return Example(question.id, question.prompt, text.strip(), scores, question.references)
+    return Example(
+        id=question.id, prompt=question.prompt, prediction=text.strip(), scores=scores, references=question.references
+    )

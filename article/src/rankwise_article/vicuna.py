@@ -100,9 +100,12 @@ class Vicuna(Task):
         else:
             # The completion is a placeholder: only the ids before it are used.
             items = [
-                Row("prompt", str(self.data), n, prompt=text, completion="-") for n, (_, text) in enumerate(self.asked)
+                Row(kind="prompt", source=str(self.data), line=n, prompt=text, completion="-")
+                for n, (_, text) in enumerate(self.asked)
             ]
-            encoder = engine.encoder(Rows(items, "prompt", str(self.data), self.data_sha256, "questions"))
+            encoder = engine.encoder(
+                Rows(items=items, kind="prompt", source=str(self.data), sha256=self.data_sha256, format="questions")
+            )
             ids, stop_ids = engine.prompt_ids(encoder, items), encoder.stop_ids()
         return [Question(name, row, text) for (name, text), row in zip(self.asked, ids)], stops, stop_ids
 
@@ -176,7 +179,7 @@ def _ratings(examples: Sequence[Example]) -> list[Fields]:
 
 
 def _finish(question: Question, text: str) -> Example:
-    return Example(question.id, question.prompt, text.strip())
+    return Example(id=question.id, prompt=question.prompt, prediction=text.strip())
 
 
 def _answer_id(example: Example) -> str:

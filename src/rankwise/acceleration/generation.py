@@ -40,7 +40,7 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 LEAVE_AT = 0.75
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How answers are chosen. ``stop_ids`` and ``stop_strings`` end an answer and are not part of it."""
 

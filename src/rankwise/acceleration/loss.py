@@ -215,7 +215,7 @@ def _loses_as(model: nn.Module, head: Head, **asked: bool) -> bool:
     return bool(torch.isclose(loss.float(), with_router_loss(head, expected, found).float(), rtol=1e-2, atol=1e-3))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """The options of the fused loss in ``model(..., loss_options=...)``."""
 

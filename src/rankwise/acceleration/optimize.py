@@ -69,7 +69,7 @@ class Seen:
     grad: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Acceleration:
     """The changes to a model: counts of modules, and the reasons why some were not changed."""
 

@@ -54,10 +54,10 @@ from rankwise.adapters.state import (
     planned_module,
     planned_stack,
     planned_tokens,
+    planned_whole,
     replace_parameter,
     report,
     tied_head,
-    whole_features,
     wrappers,
 )
 from rankwise.adapters.switch import disable_adapter, set_adapter, trained_biases
@@ -139,7 +139,7 @@ def plan_adapter(
         raise AdapterError(
             "RW402", f"{some_of(packed)}: quantized weights cannot train whole; leave them out of modules_to_save."
         )
-    planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
+    planned += [planned_whole(item, modules[item]) for item in saved]
     planned += _planned_rows(model, config, modules, {item.name for item in planned})
     _check_beside(model, planned)
     return planned

@@ -143,11 +143,13 @@ class LowRankPair(nn.Module):
             frozen = Frozen(frozen.weight, self.eight_bit)
         A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
         if self.as_reference == "base":
-            return Branch(frozen, 0.0, A, B, bias)
+            return Branch(frozen=frozen, scale=0.0, A=A, B=B, bias=bias)
         m, gain = self.magnitude, self.fixed_gain(base)
         if m is not None and gain is None:
             return None
-        return Branch(frozen, self.scaling, A, B, bias, m, gain, self.comes_back)
+        return Branch(
+            frozen=frozen, scale=self.scaling, A=A, B=B, bias=bias, m=m, gain=gain, comes_back=self.comes_back
+        )
 
     @abstractmethod
     def effective_weight(self, base: nn.Module) -> Tensor:

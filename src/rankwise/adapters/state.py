@@ -25,7 +25,7 @@ from rankwise.quantization.linear import count_weights, features
 Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class AdapterState:
     """The state of a model's adapters, stored on the model as ``rankwise_adapters``."""
 
@@ -155,7 +155,7 @@ def take_replaced(model: nn.Module, state: AdapterState) -> None:
 DEFAULT_NAME = "default"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
     """One module, or one stack of experts, that an adapter changes.
 
@@ -167,8 +167,9 @@ class AdaptedModule:
     kind: str
     in_features: int
     out_features: int
-    r: int
-    lora_alpha: float
+    # 0 where no pair trains.
+    r: int = 0
+    lora_alpha: float = 0
     parts: tuple[bool, ...] | None = None
     # Number of experts in a stack; None for a module.
     experts: int | None = None
@@ -225,7 +226,7 @@ def report(model: nn.Module, name: str | None = None) -> AdapterReport:
         leaves = (f"{path}.{leaf}" for leaf in stacks_of(experts, name))
         modules += [planned_stack(config, stack, {path: experts.base_layer}) for stack in leaves]
     for path, copy in trained_copies(model, name):
-        modules.append(AdaptedModule(path, "trained whole", *whole_features(copy.original), 0, 0))
+        modules.append(planned_whole(path, copy.original))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     missing = experts_left_out(dict(base_modules(model)), config, [item.name for item in modules])
     return AdapterReport(name, tuple(modules), trainable, count_weights(model), missing)
@@ -273,11 +274,19 @@ def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedMod
     r = pattern_value(config.rank_pattern, name, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     parts = enabled_parts(config, name, base)
-    return AdaptedModule(name, METHODS[config.kind].words, *features(base), r, lora_alpha, parts)
+    kind, (K, N) = METHODS[config.kind].words, features(base)
+    return AdaptedModule(name=name, kind=kind, in_features=K, out_features=N, r=r, lora_alpha=lora_alpha, parts=parts)
 
 
 def planned_tokens(name: str, base: nn.Module, ids: Iterable[int]) -> AdaptedModule:
-    return AdaptedModule(name, "new tokens", *features(base), 0, 0, tokens=tuple(ids))
+    K, N = features(base)
+    return AdaptedModule(name=name, kind="new tokens", in_features=K, out_features=N, tokens=tuple(ids))
+
+
+def planned_whole(name: str, module: nn.Module) -> AdaptedModule:
+    weight = getattr(module, "weight", None)
+    N, K = (weight.shape[0], weight.shape[-1]) if isinstance(weight, Tensor) else (0, 0)
+    return AdaptedModule(name=name, kind="trained whole", in_features=K, out_features=N)
 
 
 def planned_stack(config: LoraConfig, name: str, modules: Mapping[str, nn.Module]) -> AdaptedModule:
@@ -285,9 +294,12 @@ def planned_stack(config: LoraConfig, name: str, modules: Mapping[str, nn.Module
     r = pattern_value(config.rank_pattern, name, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     stack = stack_shape(modules[path], leaf)
-    return AdaptedModule(name, "LoRA", stack.in_features, stack.out_features, r, lora_alpha, experts=stack.experts)
-
-
-def whole_features(module: nn.Module) -> tuple[int, int]:
-    weight = getattr(module, "weight", None)
-    return (weight.shape[-1], weight.shape[0]) if isinstance(weight, Tensor) else (0, 0)
+    return AdaptedModule(
+        name=name,
+        kind="LoRA",
+        in_features=stack.in_features,
+        out_features=stack.out_features,
+        r=r,
+        lora_alpha=lora_alpha,
+        experts=stack.experts,
+    )

@@ -23,7 +23,7 @@ from rankwise.verbs.output import Document, Output
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     """A subcommand with its settings table and its function. Importing a command loads no heavy library."""
 
@@ -39,7 +39,7 @@ class Command:
     exit_code: Callable[[Document], int] = lambda _: 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
     """A field of a settings table in the form of the command line."""
 
@@ -100,7 +100,9 @@ def _option(name: str, field: FieldInfo) -> Option:
     # A Python keyword cannot be a field's name, so it is the field's alias: --for.
     flag = (field.alias or name).replace("_", "-")
     metavar = str(extra["metavar"] or ("TEXT" if kind == "repeated" else _metavar(types_)))
-    return Option(name, Panel(str(extra["panel"])), flag, metavar, _help(field), kind)
+    return Option(
+        field=name, panel=Panel(str(extra["panel"])), flag=flag, metavar=metavar, help=_help(field), kind=kind
+    )
 
 
 def _plain_types(annotation: Any) -> list[Any]:

@@ -146,7 +146,7 @@ NAMING = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The files from which every run reads its rows, and their description for the record."""
 
@@ -214,7 +214,17 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
         evaluation = _write(part, folder / "eval.jsonl", layout)
     retain = given.retain and _absolute(given.retain)
     characters = sum(len(row.content()) for row in rows) // len(rows)
-    return Inputs(train, evaluation, described, len(rows), len(part), characters, labels, questions, retain)
+    return Inputs(
+        train=train,
+        evaluation=evaluation,
+        described=described,
+        train_rows=len(rows),
+        eval_rows=len(part),
+        row_characters=characters,
+        labels=labels,
+        questions=questions,
+        retain=retain,
+    )
 
 
 def check_model(given: CompareSettings) -> None:

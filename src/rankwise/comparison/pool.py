@@ -182,7 +182,7 @@ def _on_node(module: str, arguments: list[str], name: str, environment: dict[str
         return call.wait()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
     """The state of the whole matrix at one moment, in runs, each a training."""
 
@@ -215,7 +215,7 @@ class Started:
     began: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Pool:
     """Carries out the jobs of ``next_jobs`` until it returns none."""
 
@@ -331,7 +331,7 @@ class Pool:
         pace = self._seconds_left(left) if self.spent else None
         runs = sum(job.stage == "train" for job in left)
         interrupted = sum(job.stage == "train" for job in self.interrupted)
-        return Picture(self.done, runs, pace, self.failed, interrupted)
+        return Picture(done=self.done, left=runs, seconds_left=pace, failed=self.failed, interrupted=interrupted)
 
     def _seconds_left(self, left: Sequence[Job]) -> float:
         """The seconds that the remaining jobs take, each as the mean of its stage so far, or else of all."""

@@ -115,7 +115,7 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
     by_seed = {run["seed"]: _examples(output, run, metric) for run in runs if run["seed"] in values}
     first, *others = by_seed.values()
     if first is None or any(other is None or other.ids != first.ids for other in others):
-        return Scores(values)
+        return Scores(values=values)
     examples = {seed: found.examples[seed] for seed, found in by_seed.items() if found is not None}
     return dataclasses.replace(first, values=values, examples=examples)
 
@@ -151,7 +151,13 @@ def _examples(output: Path, run: Run, metric: str) -> Scores | None:
     clusters = [row.id if row.cluster is None else f"cluster {row.cluster}" for row in rows]
     is_clustered = any(row.cluster for row in rows)
     seed, ids = run["seed"], [row.id for row in rows]
-    return Scores({seed: value}, {seed: found}, ids, weights, clusters if is_clustered else None)
+    return Scores(
+        values={seed: value},
+        examples={seed: found},
+        ids=ids,
+        weights=weights,
+        clusters=clusters if is_clustered else None,
+    )
 
 
 def scores_by_metric(

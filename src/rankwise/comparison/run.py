@@ -277,10 +277,10 @@ def _rates(given: CompareSettings) -> dict[str, tuple[float, ...]]:
 
 def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Plan:
     return Plan(
-        given.output,
-        tuple(given.methods),
-        rates,
-        given.seeds,
+        output=given.output,
+        methods=tuple(given.methods),
+        rates=rates,
+        seeds=given.seeds,
         # Rewards are relative to the base, so the base has none.
         base=not OBJECTIVES[given.objective].of_preferences or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
@@ -307,7 +307,15 @@ def _carry_out(
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
     standing = rounds.told if given.time else None
-    pool = Pool(plan.output, commands.of, slots, watcher, lambda: jobs_left(rounds.plan), start, standing)
+    pool = Pool(
+        output=plan.output,
+        command=commands.of,
+        environments=slots,
+        watcher=watcher,
+        left=lambda: jobs_left(rounds.plan),
+        start=start,
+        standing=standing,
+    )
     pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
     pool.carry_out(rounds.jobs)
     if given.time:

@@ -83,7 +83,7 @@ OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
 OF_DISK = ("RW513", "RW551")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a stage ended."""
 
@@ -137,7 +137,7 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
         ) from None
     record = record_of(job.folder(output)) if job.stage == "train" else None
     if record is not None and record.status == "finished":
-        return Outcome("finished", record.wall_seconds or 0.0)
+        return Outcome(status="finished", seconds=record.wall_seconds or 0.0)
     return None
 
 
@@ -168,21 +168,25 @@ def train_arguments(job: Job, output: Path, settings: Fields) -> list[str]:
 def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: float) -> Outcome:
     """The outcome of a stage, from its exit code and the document that it printed."""
     if code == 0:
-        return Outcome("finished", seconds)
+        return Outcome(status="finished", seconds=seconds)
     found = document.get("error")
     if -code in (signal.SIGINT, signal.SIGTERM) or code == Interrupted.exit_code:
         message = f"{job.stage} of {job.id} was interrupted before it ended; the same command continues it."
-        return Outcome("failed", seconds, {"code": INTERRUPTED, "message": message}, again=True)
+        return Outcome(status="failed", seconds=seconds, error={"code": INTERRUPTED, "message": message}, again=True)
     if code < 0 or not isinstance(found, Mapping):
-        return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
+        return Outcome(status="failed", seconds=seconds, error=_cut_off(job, output, code), again=code < 0)
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
     if error["code"] in OF_DISK:
-        return Outcome("failed", seconds, error, again=True)
+        return Outcome(status="failed", seconds=seconds, error=error, again=True)
     stepped = job.stage == "measure" or any("loss" in line for line in read_metrics(job.folder(output)))
     is_of_method = job.stage == "train" and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
     is_of_data = found.get("kind") == "DataError"
     return Outcome(
-        "failed", seconds, error, cannot_run=is_of_method and not stepped, of_data=is_of_data and not stepped
+        status="failed",
+        seconds=seconds,
+        error=error,
+        cannot_run=is_of_method and not stepped,
+        of_data=is_of_data and not stepped,
     )
 
 
@@ -198,7 +202,7 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
 # --- what comes next ---
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The matrix of runs: methods times learning rates, then methods times seeds. With ``looks`` it grows: `rounds`."""
 
@@ -236,7 +240,7 @@ class Plan:
         return [Cell(method, None if searched and not seed else rate, seed) for seed in seeds]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class MethodState:
     """The progress of one method. ``tries``: the runs that try its rates."""
 
@@ -298,27 +302,29 @@ def state_of(plan: Plan, method: str) -> MethodState:
     reason = next((why for outcome in outcomes.values() if (why := _skip_reason(outcome))), None)
     found = _search(plan, search)
     if reason is not None:
-        return MethodState(found, True, search, [], reason, [])
+        return MethodState(search=found, searched=True, tries=search, final=[], skipped=reason, waiting=[])
     open_jobs = [job for job, outcome in outcomes.items() if outcome is None]
     if open_jobs:
-        return MethodState(found, False, search, [], None, open_jobs)
+        return MethodState(search=found, searched=False, tries=search, final=[], skipped=None, waiting=open_jobs)
     if plan.extends and found["at_edge"] and found["chosen"] is not None:
         further = Cell(method, beyond([item["learning_rate"] for item in found["tried"]], found["chosen"]), 0)
         if outcome_of(Job("train", further), plan.output) is not None:
             search = [*search, further]
             found = _extended(plan, search, found)
         elif not plan.over:
-            return MethodState(found, False, search, [], None, [Job("train", further)])
+            return MethodState(
+                search=found, searched=False, tries=search, final=[], skipped=None, waiting=[Job("train", further)]
+            )
     rate = found["chosen"] if search else plan.rates[method][0]
     if rate is None:
-        return MethodState(found, True, search, [], None, [])
+        return MethodState(search=found, searched=True, tries=search, final=[], skipped=None, waiting=[])
     cells = plan.final(method, rate)
     first = Job("train", cells[0])
     reason = _skip_reason(outcome_of(first, plan.output))
     waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
-    return MethodState(found, True, search, cells, reason, waiting)
+    return MethodState(search=found, searched=True, tries=search, final=cells, skipped=reason, waiting=waiting)
 
 
 def jobs_of(cell: Cell | None) -> list[Job]:

@@ -46,7 +46,7 @@ def share_of(look: int) -> float:
     return 6 / (math.pi * max(1, look)) ** 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A mean and the parts of its error. Without ``parts`` (one value) the spread is unknown.
 
@@ -148,9 +148,9 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate:
     mean = float(array.mean())
     per_seed = tuple(map(float, array))
     if len(array) < 2:
-        return Estimate(mean, per_seed=per_seed)
+        return Estimate(mean=mean, per_seed=per_seed)
     sd = _no_rounding(float(array.std(ddof=1)), array)
-    return Estimate(mean, ((sd**2 / len(array), len(array) - 1.0),), seed_sd=sd, per_seed=per_seed)
+    return Estimate(mean=mean, parts=((sd**2 / len(array), len(array) - 1.0),), seed_sd=sd, per_seed=per_seed)
 
 
 def paired_by_example(
@@ -191,12 +191,12 @@ def paired_by_example(
     G = len(h)
     per_seed, mean = tuple(map(float, delta)), float(delta.mean())
     if G < 2:
-        return Estimate(mean, per_seed=per_seed, clusters=G)
+        return Estimate(mean=mean, per_seed=per_seed, clusters=G)
     v = u / (1 - h)
     V_example = (G - 1) / G * float(np.sum(v.mean(0) ** 2))
     example_se = _no_rounding(math.sqrt(V_example), d)
     if S < 2:
-        return Estimate(mean, example_se=example_se, per_seed=per_seed, clusters=G)
+        return Estimate(mean=mean, example_se=example_se, per_seed=per_seed, clusters=G)
     V_seed = _no_rounding(float(delta.std(ddof=1)), d) ** 2 / S
     V_rest = (G - 1) / G / S * float(np.sum((v - v.mean(0)) ** 2)) / (S - 1)
     V_rows = _no_rounding(math.sqrt(max(0.0, V_example - V_rest)), d) ** 2
@@ -205,7 +205,15 @@ def paired_by_example(
     parts = ((V_seed, S - 1.0), (V_rows, max(1.0, 1 / float(np.sum(h**2)) - 1)))
     third = float(np.sum(v.mean(0) ** 3) / np.sum(v.mean(0) ** 2) ** 1.5) if example_se else 0.0
     seed_sd = math.sqrt(max(0.0, S * (V_seed - V_rest)))
-    return Estimate(mean, parts, SKEWNESS_FACTOR * third, seed_sd, example_se, per_seed, G)
+    return Estimate(
+        mean=mean,
+        parts=parts,
+        skewness=SKEWNESS_FACTOR * third,
+        seed_sd=seed_sd,
+        example_se=example_se,
+        per_seed=per_seed,
+        clusters=G,
+    )
 
 
 def _check_finite(*arrays: Array) -> None:
@@ -265,7 +273,7 @@ def pooled(estimates: Sequence[Estimate], seeds: int, rows_factor: int = 1) -> E
     """
     measured = [estimate for estimate in estimates if estimate.parts]
     if seeds < 2 or not measured:
-        return Estimate(0.0)
+        return Estimate(mean=0.0)
     whole = [item.parts[0][0] * len(item.per_seed) for item in measured]
     of_seed = [min((item.seed_sd or 0.0) ** 2, total) for item, total in zip(measured, whole)]
     by_seed = float(np.mean([own + (total - own) / rows_factor for own, total in zip(of_seed, whole)])) / seeds
@@ -275,4 +283,4 @@ def pooled(estimates: Sequence[Estimate], seeds: int, rows_factor: int = 1) -> E
         variance = float(np.mean([variance for variance, _ in rows])) / rows_factor
         by_row = [(variance, min(degrees for _, degrees in rows) * rows_factor)]
     skewness = float(np.mean([abs(item.skewness) for item in measured])) / math.sqrt(rows_factor)
-    return Estimate(0.0, ((by_seed, seeds - 1.0), *by_row), skewness)
+    return Estimate(mean=0.0, parts=((by_seed, seeds - 1.0), *by_row), skewness=skewness)

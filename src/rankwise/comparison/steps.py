@@ -100,12 +100,14 @@ def _measure(job: Fields) -> None:
 def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Engine:
     """The engine of the evaluation, with the operators that the run used in its evaluations."""
     if job["method"] is None:
-        return Engine(model, tokenizer, template)
+        return Engine(model=model, tokenizer=tokenizer, template=template)
     record = load_record(Path(job["folder"]))
     fast = record.settings.get("fast") is not False and not method_of(record.method).is_guest
     dtype = getattr(torch, record.device["dtype"])
     is_rounded = method_of(record.method).trains_all and dtype != torch.float32
-    return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
+    return Engine(
+        model=model, tokenizer=tokenizer, template=template, trained_fast=fast, autocast=dtype if is_rounded else None
+    )
 
 
 def _open(task: Task, folder: Path) -> Opened:
@@ -206,7 +208,10 @@ def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[
     limits = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
     for limit in set(limits):
         numbers = [number for number, own in enumerate(limits) if own == limit]
-        asked, decoding = [prompts[number] for number in numbers], Decoding(limit, engine.stop_ids(ends))
+        asked, decoding = (
+            [prompts[number] for number in numbers],
+            Decoding(max_new_tokens=limit, stop_ids=engine.stop_ids(ends)),
+        )
         write = writer(engine, asked, decoding)
         for batch in engine.batches(asked, decoding):
             for index, (text, is_cut) in zip(batch, write(batch)):

@@ -39,7 +39,7 @@ from rankwise.reports.comparison import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
     """One method on one metric: a value for each seed, and the examples' own values where the metric is their mean.
 

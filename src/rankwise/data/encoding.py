@@ -29,7 +29,7 @@ ROWS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1 << 24
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodingReport:
     """Counts and lengths of the encoded rows. Lengths are in tokens."""
 
@@ -134,7 +134,7 @@ def _rendered_or_not(render: Callable[[Row], Rendered], row: Row) -> Rendered | 
     try:
         return render(row)
     except RowRefused as error:
-        return Problem(row.source, row.line, row.counted_in, error.code, error.message)
+        return Problem(source=row.source, line=row.line, counted_in=row.counted_in, code=error.code, why=error.message)
 
 
 def _batches(items: Iterator[Rendered | Problem]) -> Iterator[list[Rendered | Problem]]:
@@ -341,7 +341,7 @@ def _mask(row: Sequence[Segment], lengths: Sequence[int]) -> list[bool]:
     return mask
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Preview:
     """A row after truncation. The texts of ``segments``, joined, are the decoded ``ids``."""
 

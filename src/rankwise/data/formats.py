@@ -49,7 +49,7 @@ class BadRow(ValueError):
     """A faulty record; the message says what was expected and what was found."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
     """One layout: the columns it needs and how a record becomes the fields of a ``Row``."""
 
@@ -257,32 +257,49 @@ def tools_of(record: Record) -> tuple[Fields, ...] | None:
     return tuple(tools)
 
 
-PROMPT_MESSAGES = Format("chat (prompt, completion as messages)", "chat", ("prompt", "completion"), _prompt_messages)
+PROMPT_MESSAGES = Format(
+    name="chat (prompt, completion as messages)", kind="chat", columns=("prompt", "completion"), fields=_prompt_messages
+)
 # Tried in this order: the first layout whose columns exist is used.
 FORMATS: Collection[Format] = (
-    Format("chat (messages)", "chat", ("messages",), _messages, optional=("system",)),
-    Format("chat (conversations)", "chat", ("conversations",), _sharegpt, optional=("system",)),
-    Format("prompt and completion", "prompt", ("prompt", "completion"), pair("prompt", "completion")),
-    Format("prompt and response", "prompt", ("prompt", "response"), pair("prompt", "response")),
+    Format(name="chat (messages)", kind="chat", columns=("messages",), fields=_messages, optional=("system",)),
     Format(
-        "Alpaca (instruction, input, output)",
-        "prompt",
-        ("instruction", "output"),
-        _alpaca("input", "output"),
+        name="chat (conversations)", kind="chat", columns=("conversations",), fields=_sharegpt, optional=("system",)
+    ),
+    Format(
+        name="prompt and completion",
+        kind="prompt",
+        columns=("prompt", "completion"),
+        fields=pair("prompt", "completion"),
+    ),
+    Format(
+        name="prompt and response", kind="prompt", columns=("prompt", "response"), fields=pair("prompt", "response")
+    ),
+    Format(
+        name="Alpaca (instruction, input, output)",
+        kind="prompt",
+        columns=("instruction", "output"),
+        fields=_alpaca("input", "output"),
         separator="\n",
         optional=("input",),
     ),
     Format(
-        "Dolly (instruction, context, response)",
-        "prompt",
-        ("instruction", "response"),
-        _alpaca("context", "response"),
+        name="Dolly (instruction, context, response)",
+        kind="prompt",
+        columns=("instruction", "response"),
+        fields=_alpaca("context", "response"),
         separator="\n",
         optional=("context",),
     ),
-    Format("question and answer", "prompt", ("question", "answer"), pair("question", "answer"), separator="\n"),
-    Format("E2E (mr, ref)", "prompt", ("mr", "ref"), _data_to_text, uses_template=False),
-    Format("text (text)", "text", ("text",), _text, uses_template=False),
+    Format(
+        name="question and answer",
+        kind="prompt",
+        columns=("question", "answer"),
+        fields=pair("question", "answer"),
+        separator="\n",
+    ),
+    Format(name="E2E (mr, ref)", kind="prompt", columns=("mr", "ref"), fields=_data_to_text, uses_template=False),
+    Format(name="text (text)", kind="text", columns=("text",), fields=_text, uses_template=False),
 )
 
 
@@ -336,7 +353,12 @@ def _named_columns(record: Record, source: str, prompt: str | None, completion: 
     missing = [column for column in (prompt, completion) if column not in record]
     if missing:
         raise DataError("RW207", f"{source} has no column {quoted(missing)}; its columns are {quoted(record)}.")
-    return Format(f"columns ({prompt}, {completion})", "prompt", (prompt, completion), pair(prompt, completion))
+    return Format(
+        name=f"columns ({prompt}, {completion})",
+        kind="prompt",
+        columns=(prompt, completion),
+        fields=pair(prompt, completion),
+    )
 
 
 def rows_from_records(
@@ -400,10 +422,10 @@ def _convert(
                         fields["tools"] = tools_of(record)
                 if (worse := fields.pop("rejected", None)) is not None and "tools" in fields:
                     worse["tools"] = fields["tools"]
-                make = functools.partial(Row, layout.kind, source, line, counted_in=unit)
+                make = functools.partial(Row, kind=layout.kind, source=source, line=line, counted_in=unit)
                 rows.append(make(**fields, rejected=None if worse is None else make(**worse)))
         except BadRow as bad:
-            problems.append(Problem(source, line, unit, "RW203", str(bad), index))
+            problems.append(Problem(source=source, line=line, counted_in=unit, code="RW203", why=str(bad), index=index))
     return rows, problems
 
 

@@ -258,35 +258,45 @@ def _good(record: Record) -> bool:
 
 PAIR_FORMATS = (
     Format(
-        "pairs (prompt, chosen, rejected as messages)",
-        "chat",
-        ("prompt", *SIDES),
-        _conversations,
+        name="pairs (prompt, chosen, rejected as messages)",
+        kind="chat",
+        columns=("prompt", *SIDES),
+        fields=_conversations,
         holds=list,
     ),
     Format(
-        "pairs (chosen, rejected as messages)",
-        "chat",
-        SIDES,
-        _implicit_conversations,
+        name="pairs (chosen, rejected as messages)",
+        kind="chat",
+        columns=SIDES,
+        fields=_implicit_conversations,
         optional=("prompt",),
         holds=list,
     ),
-    Format("pairs (prompt, chosen, rejected)", "prompt", ("prompt", *SIDES), _texts("prompt")),
-    Format("pairs (question, chosen, rejected)", "prompt", ("question", *SIDES), _texts("question"), separator="\n"),
-    Format("pairs (chosen, rejected)", "prompt", SIDES, _implicit_texts),
+    Format(name="pairs (prompt, chosen, rejected)", kind="prompt", columns=("prompt", *SIDES), fields=_texts("prompt")),
+    Format(
+        name="pairs (question, chosen, rejected)",
+        kind="prompt",
+        columns=("question", *SIDES),
+        fields=_texts("question"),
+        separator="\n",
+    ),
+    Format(name="pairs (chosen, rejected)", kind="prompt", columns=SIDES, fields=_implicit_texts),
 )
 MARKED_FORMATS = (
     Format(
-        "marked answers (prompt, completion as messages, label)",
-        "chat",
-        ("prompt", "completion"),
-        _marked_conversation,
+        name="marked answers (prompt, completion as messages, label)",
+        kind="chat",
+        columns=("prompt", "completion"),
+        fields=_marked_conversation,
         holds=list,
         marks=("label",),
     ),
     Format(
-        "marked answers (prompt, completion, label)", "prompt", ("prompt", "completion"), _marked_text, marks=("label",)
+        name="marked answers (prompt, completion, label)",
+        kind="prompt",
+        columns=("prompt", "completion"),
+        fields=_marked_text,
+        marks=("label",),
     ),
 )
 
@@ -307,7 +317,14 @@ def prompt_formats(prompt_column: str | None = None, completion_column: str | No
             raise DataError("RW207", "--completion-column goes with --prompt-column; give both.")
         return PROMPTS
     columns = tuple(name for name in (prompt_column, completion_column) if name)
-    return (Format(f"prompts ({', '.join(columns)})", "prompt", columns, _named(prompt_column, completion_column)),)
+    return (
+        Format(
+            name=f"prompts ({', '.join(columns)})",
+            kind="prompt",
+            columns=columns,
+            fields=_named(prompt_column, completion_column),
+        ),
+    )
 
 
 def _named(prompt: str, completion: str | None) -> Callable[[Record], JsonObject]:
@@ -367,18 +384,28 @@ def _with_answer(record: Record, known: object) -> Fields:
 
 # In order, as those of training data.
 PROMPTS: Collection[Format] = (
-    Format("prompts (messages)", "chat", ("messages",), _messages("messages"), optional=("system",)),
-    Format("prompts (prompt as messages)", "chat", ("prompt",), _messages("prompt"), holds=list),
-    Format("prompts (prompt)", "prompt", ("prompt",), _text("prompt", "completion")),
     Format(
-        "prompts (instruction, input)",
-        "prompt",
-        ("instruction",),
-        _instruction,
+        name="prompts (messages)",
+        kind="chat",
+        columns=("messages",),
+        fields=_messages("messages"),
+        optional=("system",),
+    ),
+    Format(
+        name="prompts (prompt as messages)", kind="chat", columns=("prompt",), fields=_messages("prompt"), holds=list
+    ),
+    Format(name="prompts (prompt)", kind="prompt", columns=("prompt",), fields=_text("prompt", "completion")),
+    Format(
+        name="prompts (instruction, input)",
+        kind="prompt",
+        columns=("instruction",),
+        fields=_instruction,
         separator="\n",
         optional=("input", "context"),
     ),
-    Format("prompts (question)", "prompt", ("question",), _text("question", None), separator="\n"),
+    Format(
+        name="prompts (question)", kind="prompt", columns=("question",), fields=_text("question", None), separator="\n"
+    ),
 )
 
 
@@ -479,11 +506,28 @@ def _perhaps_labelled(record: Record) -> JsonObject:
 
 LABELLED = (
     Format(
-        "text with a label (text, label)", "text", ("text",), _labelled, False, "", ("text_pair",), marks=("label",)
+        name="text with a label (text, label)",
+        kind="text",
+        columns=("text",),
+        fields=_labelled,
+        uses_template=False,
+        separator="",
+        optional=("text_pair",),
+        marks=("label",),
     ),
 )
 # Texts to be answered, whose labels, if there are any, are compared with the answers.
-UNANSWERED = (Format("text (text)", "text", ("text",), _perhaps_labelled, False, "", ("text_pair", "label")),)
+UNANSWERED = (
+    Format(
+        name="text (text)",
+        kind="text",
+        columns=("text",),
+        fields=_perhaps_labelled,
+        uses_template=False,
+        separator="",
+        optional=("text_pair", "label"),
+    ),
+)
 
 
 # {what a row of the data is: its layouts, in order}.
@@ -594,5 +638,5 @@ def unknown_labels(rows: Rows, labels: Labels) -> list[Problem]:
                 labels.number(row.target)
         except ValueError:
             why = f"expected one of the known labels ({some_of(labels.names)}), found {row.target!r}"
-            found.append(Problem(row.source, row.line, row.counted_in, "RW203", why))
+            found.append(Problem(source=row.source, line=row.line, counted_in=row.counted_in, code="RW203", why=why))
     return found

@@ -21,7 +21,7 @@ Unit = Literal["line", "row"]
 Message = Fields
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One example. ``chat`` fills messages, ``prompt`` fills prompt and completion, ``text`` fills text."""
 
@@ -66,7 +66,7 @@ class Row:
         return "\n".join([*turns, self.prompt + self.completion, self.text, *worse]).strip()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """A row that cannot be trained on, and why."""
 
@@ -88,7 +88,7 @@ class Problem:
         return {"row": self.place, "code": self.code, "why": self.why}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rows(Sequence[Row]):
     """Rows of one source, all of one kind. A slice is again ``Rows``."""
 

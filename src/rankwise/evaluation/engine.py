@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Engine:
     """Model and tokenizer on their device. ``template`` is Jinja text that replaces the tokenizer's."""
 
@@ -146,7 +146,7 @@ class Loaded:
     adapters: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
     """How to load a base. "auto": as its adapters were trained; without a record, the device's dtype and not 4-bit."""
 

@@ -30,7 +30,7 @@ RESPONSES_FILE = "responses.jsonl"
 REMEDY = "remove the file, or use --overwrite"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """One question, the model's prediction, and its scores."""
 
@@ -53,7 +53,7 @@ class Example:
         return {key: value for key, value in fields.items() if value or key not in ("details", "is_cut")}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """One task on one model, or on one adapter over it."""
 

@@ -92,7 +92,7 @@ def described(task: Perplexity | RetainedQuestions) -> JsonObject:
     return {"source": task.task.name, "sha256": task.data_sha256, "rows": task.task.questions, "unit": "question"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class RetainedRows:
     """What --retain names, with the settings of its run. Implements ``training.session.Retention``.
 
@@ -129,13 +129,13 @@ class RetainedRows:
             open_folder(self._folder("base"), self._identity, overwrite=False)
             load_result(self._folder("base"))
         else:
-            self._measure("base", Engine(model, tokenizer, trained_fast=False, autocast=autocast))
+            self._measure("base", Engine(model=model, tokenizer=tokenizer, trained_fast=False, autocast=autocast))
 
     def after(self, model: Any, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None) -> JsonObject:
         """Measure the weights that are kept. Returns the entry of the record: the losses, their paired difference
         with its 95 % interval over rows or questions, the margin and the verdict.
         """
-        kept = self._measure("kept", Engine(model, tokenizer, trained_fast=False, autocast=autocast))
+        kept = self._measure("kept", Engine(model=model, tokenizer=tokenizer, trained_fast=False, autocast=autocast))
         base = list(read_examples(self._folder("base") / EXAMPLES_FILE))
         before, after = (self.task.summarize(examples).metrics["loss"] for examples in (base, kept))
         change = self.task.difference(kept, base)["loss"]

@@ -121,7 +121,7 @@ class Variant:
     adapter: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
     """``a - b`` on the same questions, with the 95 % interval."""
 
@@ -184,7 +184,12 @@ class _Run:
         own = settings.chat_template
         self.template = template_of(settings.adapter) if own is None else read_template(own)
         if given.model is not None:
-            self.engine = Engine(given.model.eval(), given.tokenizer, self.template, settings.batch_size)
+            self.engine = Engine(
+                model=given.model.eval(),
+                tokenizer=given.tokenizer,
+                template=self.template,
+                batch_size=settings.batch_size,
+            )
         self.names: dict[str, str] = {}
 
     def carry_out(self) -> Evaluation:
@@ -251,7 +256,9 @@ class _Run:
         given = self.settings
         loaded = load_as_trained(self.name, given.adapter, _load_options(given), named=given.model is not None)
         self.names = {str(adapter): name for adapter, name in zip(given.adapter, loaded.adapters)}
-        self.engine = Engine(loaded.model, loaded.tokenizer, self.template, given.batch_size)
+        self.engine = Engine(
+            model=loaded.model, tokenizer=loaded.tokenizer, template=self.template, batch_size=given.batch_size
+        )
         return self.engine
 
     def _activate(self, engine: Engine, variant: Variant) -> None:
@@ -280,7 +287,15 @@ class _Run:
                 a, b = (second.label, task.name), (first.label, task.name)
                 means = task.difference(examples[a], examples[b])
                 found += [
-                    Difference(task.name, name, second.label, first.label, m.value, m.standard_error, m.interval)
+                    Difference(
+                        task=task.name,
+                        metric=name,
+                        a=second.label,
+                        b=first.label,
+                        difference=m.value,
+                        standard_error=m.standard_error,
+                        interval=m.interval,
+                    )
                     for name, m in means.items()
                     if _is_of(m.value, metrics[a].get(name), metrics[b].get(name))
                 ]
@@ -369,5 +384,13 @@ def _base(adapters: Sequence[Path]) -> str:
 
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
-    remote = (given.trust_remote_code, given.revision)
-    return LoadOptions(given.dtype, given.quantization, given.base_bits, given.device, *remote, given.mmap, guest=True)
+    return LoadOptions(
+        dtype=given.dtype,
+        quantization=given.quantization,
+        base_bits=given.base_bits,
+        device=given.device,
+        trust_remote_code=given.trust_remote_code,
+        revision=given.revision,
+        mapped=given.mmap,
+        guest=True,
+    )

@@ -94,7 +94,7 @@ class Wanted:
         return file.config.kind != "lora" or self.max_error is not None or lower
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """The content of ``export.json``. ``conversion`` and ``likeness`` are None if the export is exact."""
 
@@ -199,7 +199,15 @@ def export_merged(adapter: Path, output: Path, target: str, prove: Prove | None 
             if target == "ollama":
                 write_text(folder / MODELFILE, f"FROM ./{MODEL_FILE}\n")
             commands = served_whole(target, str(output), has_labels=labels_of_adapter(adapter) is not None)
-            result = ExportReport(target, merged.base_model, 0, merged.merged_modules, None, None, commands)
+            result = ExportReport(
+                target=target,
+                base_model=merged.base_model,
+                r=0,
+                modules=merged.merged_modules,
+                conversion=None,
+                likeness=None,
+                commands=commands,
+            )
             if prove is not None:
                 result = prove(folder, result)
             write_json(folder / RECORD_FILE, dataclasses.asdict(result))
@@ -247,7 +255,15 @@ def _write(
     served = wanted.base_gguf or "BASE.gguf" if SERVERS[wanted.target].form == "gguf" else base or "BASE"
     labels = labels_of(model) if heads_of_labels(model) else None
     commands = served_by(wanted.target, str(folder), str(served), r, labels)
-    result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
+    result = ExportReport(
+        target=wanted.target,
+        base_model=base,
+        r=r,
+        modules=len(pairs),
+        conversion=conversion,
+        likeness=compared,
+        commands=commands,
+    )
     if wanted.base_gguf is not None:
         result = dataclasses.replace(result, base_gguf_sha256=sha256_of(wanted.base_gguf))
     with whole_folder(folder) as partial:

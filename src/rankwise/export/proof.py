@@ -76,7 +76,7 @@ class Answers:
     logprobs: list[list[float]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:
     """The server's answers compared with rankwise's. Differences are means of log-probabilities, in nats a token."""
 
@@ -191,18 +191,18 @@ def prove(
         base = Answers([], torch.zeros(len(prompts), len(labels.names)).tolist())
         ours, base, adapted = (_with_labels(item, labels) for item in (ours, base, adapted))
     proof = Proof(
-        told["version"],
-        len(prompts),
-        sum(map(len, ours.logprobs)),
-        _difference(adapted, ours),
-        rounding,
-        _difference(adapted, foreseen if is_known else ours),
-        max(TIMES_THE_ROUNDING * (noise if is_known else rounding), LEAST_ROUNDING) + conversion,
-        _difference(adapted, base),
-        None if own_base is None else _difference(base, own_base),
-        sum(a == b for a, b in zip(adapted.texts, ours.texts)),
-        sum(a != b for a, b in zip(adapted.texts, base.texts)),
-        "tokens" if labels is None else "numbers" if labels.problem == NUMBER else "logits",
+        server=told["version"],
+        prompts=len(prompts),
+        tokens=sum(map(len, ours.logprobs)),
+        difference=_difference(adapted, ours),
+        rounding=rounding,
+        unexplained=_difference(adapted, foreseen if is_known else ours),
+        bound=max(TIMES_THE_ROUNDING * (noise if is_known else rounding), LEAST_ROUNDING) + conversion,
+        effect=_difference(adapted, base),
+        base_difference=None if own_base is None else _difference(base, own_base),
+        equal_texts=sum(a == b for a, b in zip(adapted.texts, ours.texts)),
+        changed_texts=sum(a != b for a, b in zip(adapted.texts, base.texts)),
+        counted="tokens" if labels is None else "numbers" if labels.problem == NUMBER else "logits",
     )
     _judge(proof)
     return proof

@@ -58,7 +58,7 @@ class Frozen:
         return not isinstance(self.weight, Tensor) and x.shape[0] <= _FEW_ROWS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
     """One layer: its frozen weight and its trained tensors. ``m`` and ``gain`` are None without DoRA."""
 
@@ -142,9 +142,9 @@ def linear_out(
         factor, term = products.Factor.of(W), None
         if factor is not None and scales is not None and products.take(x.dtype):
             q, a = products.quantize_rows(x, scales.per_channel)
-            term = products.Term(q, factor, in_bytes=products.InBytes(a, scales, factor, across=False))
+            term = products.Term(a=q, W=factor, in_bytes=products.InBytes(a, scales, factor, across=False))
         elif factor is not None and scales is None and products.pay(x, factor):
-            term = products.Term(x, factor)
+            term = products.Term(a=x, W=factor)
         if term is not None:
             return products.add_products([term], out, bias=None if bias is None else bias.float())
     if scales is not None:
@@ -163,7 +163,7 @@ def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor) -> Tensor:
         factor = products.Factor.of(W)
         wanted = products.take if isinstance(W, PackedWeight) else products.sum_faster
         if factor is not None and wanted(dy.dtype):
-            return products.add_products([products.Term(dy, factor, across=True)], out)
+            return products.add_products([products.Term(a=dy, W=factor, across=True)], out)
     return out.copy_(linear_4bit_input_grad(dy, W)) if isinstance(W, PackedWeight) else torch.mm(dy, W, out=out)
 
 

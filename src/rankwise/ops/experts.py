@@ -305,7 +305,7 @@ class NativeBranch:
             _dense_rows(a), scales.row if across else scales.per_channel, rows.counts if across else None
         )
         in_bytes = products.InBytes(of_rows, scales, first, across=across)
-        return products.Term(q, first, across, in_bytes=in_bytes), self.W.apart
+        return products.Term(a=q, W=first, across=across, in_bytes=in_bytes), self.W.apart
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _term(a: Tensor, W: Stacked, *, across: bool = False, scale: float = 1.0) -> tuple[products.Term, int]:
-    return products.Term(_dense_rows(a), W.first, across, scale=scale), W.apart
+    return products.Term(a=_dense_rows(a), W=W.first, across=across, scale=scale), W.apart
 
 
 def _sum(terms: Sequence[tuple[products.Term, int]], out: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:

@@ -32,7 +32,16 @@ def quantize_weight(
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)
-    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset, dtype=w.dtype)
+    return PackedWeight(
+        codes=codes,
+        absmax=absmax,
+        shape=tuple(w.shape),
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        dtype=w.dtype,
+    )
 
 
 def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None, gain: Tensor | None = None) -> Tensor:
@@ -80,7 +89,18 @@ def dequantize_4bit(
     offset: Tensor | None = None,
 ) -> Tensor:
     """`dequantize_weight` of the weight that these tensors make; a tensor of ``shape`` and ``dtype``."""
-    return dequantize_weight(PackedWeight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset), dtype)
+    return dequantize_weight(
+        PackedWeight(
+            codes=packed,
+            absmax=absmax,
+            shape=shape,
+            quant_type=quant_type,
+            block_size=block_size,
+            nested_absmax=nested_absmax,
+            offset=offset,
+        ),
+        dtype,
+    )
 
 
 def quantize_q4_0(w: Tensor) -> PackedWeight:
@@ -93,7 +113,9 @@ def quantize_q4_0(w: Tensor) -> PackedWeight:
     sign = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).sign()
     codes, absmax = quantize_4bit((blocks * sign).view(w.shape), "q4_0", 32)
     scale = absmax.bfloat16().float() * sign[:, 0]
-    return PackedWeight(codes, scale, tuple(w.shape), "q4_0", 32, dtype=w.dtype)
+    return PackedWeight(
+        codes=codes, absmax=scale, shape=tuple(w.shape), quant_type="q4_0", block_size=32, dtype=w.dtype
+    )
 
 
 # Elements of W' that `spread_weight` makes at a time.

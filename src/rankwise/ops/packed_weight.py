@@ -18,7 +18,7 @@ from rankwise.constants import MXFP4, NESTED_BLOCK
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
     """A weight W' of ``shape`` in NF4, FP4 or Q4_0:  W' = value[code] * absmax of its block (QLoRA, section 3).
 
@@ -72,7 +72,7 @@ class PackedWeight:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Sequence[int], str, int, Tensor | None, Tensor | None, Tensor | None]:
-        """The fields in the order of the operators' schemas; ``PackedWeight(*parts)`` is the way back."""
+        """The fields but the dtype, in the order of the operators' schemas."""
         return (
             self.codes, self.absmax, self.shape, self.quant_type, self.block_size, self.nested_absmax, self.offset,
             self.order,

@@ -49,7 +49,7 @@ Argument = Tensor | PackedWeight | Sequence[int] | torch.dtype | str | float | b
 _module = functools.cache(importlib.import_module)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Operator:
     """One row of the table. Its functions take all arguments of the operator."""
 
@@ -210,57 +210,61 @@ _elementwise = functools.partial(Operator, choose=module_for)
 _card = functools.partial(Operator, choose=_for_card)
 
 OPERATORS = {
-    "low_rank_add_": _elementwise(checks.low_rank_add_),
+    "low_rank_add_": _elementwise(check=checks.low_rank_add_),
     "scaled_grad": _elementwise(
-        checks.scaled_grad,
+        check=checks.scaled_grad,
         results=lambda dy, y, g: (_as(dy), _wide(dy, g.shape)),
         absent=lambda dy, y, g: {1} if y is None else set(),
     ),
-    "rms_norm": _elementwise(checks.rms_norm, results=lambda x, *_: (_as(x), _wide(x, (x[..., 0].numel(),)))),
-    "rms_norm_backward": _elementwise(checks.rms_norm_backward, results=_as),
-    "glu": _elementwise(checks.glu, results=_as),
+    "rms_norm": _elementwise(check=checks.rms_norm, results=lambda x, *_: (_as(x), _wide(x, (x[..., 0].numel(),)))),
+    "rms_norm_backward": _elementwise(check=checks.rms_norm_backward, results=_as),
+    "glu": _elementwise(check=checks.glu, results=_as),
     "glu_backward": _elementwise(
-        checks.glu_backward,
+        check=checks.glu_backward,
         results=lambda dout, gate, *_: (_as(gate), _as(gate), _as(gate)),
         absent=lambda dout, gate, up, act, want_product: set() if want_product else {2},
     ),
-    "rope": _elementwise(checks.rope, results=_rope),
-    "rope_": _elementwise(checks.rope),
+    "rope": _elementwise(check=checks.rope, results=_rope),
+    "rope_": _elementwise(check=checks.rope),
     "cross_entropy_": _elementwise(
-        checks.cross_entropy_,
+        check=checks.cross_entropy_,
         results=_sums,
         absent=lambda *arguments: {index for index, is_wanted in zip((1, 2), arguments[-2:]) if not is_wanted},
         writes=True,
     ),
-    "row_cross": _elementwise(checks.row_cross, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)),
-    "dropout": _elementwise(checks.dropout, results=_as),
-    "dropout_add_": _elementwise(checks.dropout_add_),
-    "quantize_4bit": Operator(checks.quantize_4bit, _of_first, _quantized),
-    "dequantize_4bit": Operator(
-        checks.dequantize_4bit,
-        _of_weight,
-        lambda weight, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
+    "row_cross": _elementwise(
+        check=checks.row_cross, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)
     ),
-    "quantize_absmax": Operator(checks.check_absmax, _of_first, _nested),
+    "dropout": _elementwise(check=checks.dropout, results=_as),
+    "dropout_add_": _elementwise(check=checks.dropout_add_),
+    "quantize_4bit": Operator(check=checks.quantize_4bit, choose=_of_first, results=_quantized),
+    "dequantize_4bit": Operator(
+        check=checks.dequantize_4bit,
+        choose=_of_weight,
+        results=lambda weight, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
+    ),
+    "quantize_absmax": Operator(check=checks.check_absmax, choose=_of_first, results=_nested),
     "dequantize_absmax": Operator(
-        checks.check_codes, _of_first, lambda codes, *_: codes.new_empty(codes.shape, dtype=torch.float32)
+        check=checks.check_codes,
+        choose=_of_first,
+        results=lambda codes, *_: codes.new_empty(codes.shape, dtype=torch.float32),
     ),
     "linear_4bit": Operator(
-        checks.linear_4bit,
-        _of_second,
-        lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        check=checks.linear_4bit,
+        choose=_of_second,
+        results=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
         gradient=(_save_weight, _linear_gradient),
     ),
     "linear_4bit_input_grad": Operator(
-        checks.linear_4bit_input_grad,
-        _of_second,
-        lambda grad, weight: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
+        check=checks.linear_4bit_input_grad,
+        choose=_of_second,
+        results=lambda grad, weight: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
         gradient=(_save_weight, _input_grad_gradient),
     ),
-    "row_norms_4bit": Operator(checks.row_norms_4bit, _of_weight, _per_row),
-    "row_cross_4bit": Operator(checks.row_cross_4bit, _for_row_cross, _per_row),
+    "row_norms_4bit": Operator(check=checks.row_norms_4bit, choose=_of_weight, results=_per_row),
+    "row_cross_4bit": Operator(check=checks.row_cross_4bit, choose=_for_row_cross, results=_per_row),
     "low_rank_grads_": _card(
-        checks.low_rank_grads_,
+        check=checks.low_rank_grads_,
         results=lambda dU, dy, U, B, *_: (_wide(B, B.shape), _wide(dy, dy.shape[1:]), _as(dy)),
         absent=lambda dU, dy, U, B, scale, g, folded, y, m: {
             *([] if y is not None else [1]),
@@ -268,22 +272,24 @@ OPERATORS = {
         },
         writes=True,
     ),
-    "adapted_gain": _card(checks.adapted_gain, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)),
-    "adapted_gain_4bit": _card(checks.adapted_gain_4bit, results=_per_row),
+    "adapted_gain": _card(
+        check=checks.adapted_gain, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)
+    ),
+    "adapted_gain_4bit": _card(check=checks.adapted_gain_4bit, results=_per_row),
     "dequantize_gained_4bit": _card(
-        checks.dequantize_gained_4bit,
+        check=checks.dequantize_gained_4bit,
         results=lambda weight, gain, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
     ),
     "attention_forward": Operator(
-        checks.attention_forward,
-        lambda q, k, v, start, end, scale: _for_attention(q, k, v, scale),
-        _attended,
+        check=checks.attention_forward,
+        choose=lambda q, k, v, start, end, scale: _for_attention(q, k, v, scale),
+        results=_attended,
         gradient=(_save_attention, _attention_gradient),
     ),
     "attention_backward": Operator(
-        lambda grad, q, k, v, out, lse, start, end, scale: checks.attention_forward(q, k, v, start, end, scale),
-        lambda grad, q, k, v, out, lse, start, end, scale: _for_attention(q, k, v, scale),
-        lambda grad, q, k, v, *_: (_as(q), _as(k), _as(v)),
+        check=lambda grad, q, k, v, out, lse, start, end, scale: checks.attention_forward(q, k, v, start, end, scale),
+        choose=lambda grad, q, k, v, out, lse, start, end, scale: _for_attention(q, k, v, scale),
+        results=lambda grad, q, k, v, *_: (_as(q), _as(k), _as(v)),
     ),
 }
 
@@ -320,7 +326,7 @@ def _of_parts(name: str, run: Callable[..., Results]) -> Callable[..., Results]:
         return run
     first = names.index("codes")
     last = first + len(_PARTS)
-    return lambda *inputs: run(*inputs[:first], PackedWeight(*inputs[first:last]), *inputs[last:])
+    return lambda *inputs: run(*inputs[:first], PackedWeight(**dict(zip(_PARTS, inputs[first:last]))), *inputs[last:])
 
 
 def _real(name: str, operator: Operator) -> Callable[..., Results]:

@@ -138,7 +138,7 @@ class Step:
     settings: Fields
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
     """Steps of the ladder together, with their cost and the memory that they save."""
 
@@ -275,7 +275,7 @@ PASSES: tuple[frozenset[str], ...] = (
 LADDER = PASSES[-1] | {"method"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """``settings`` are the options of ``rankwise train`` that differ from the defaults or were given."""
 
@@ -347,21 +347,30 @@ def recommend(advisor: Advisor, methods: Sequence[str], workload: Workload, wish
     smallest = min(runs.values(), key=lambda run: run.estimate.peak_bytes)
     missing = max(0, smallest.estimate.peak_bytes - advisor.memory_bytes)
     own, work, time = smallest.estimate, smallest.workload, smallest.time_factor
-    return Recommendation(None, {}, own, work, time, (), missing)
+    return Recommendation(
+        method=None, settings={}, estimate=own, workload=work, time_factor=time, reasons=(), missing_bytes=missing
+    )
 
 
 def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish) -> Recommendation:
     settings = {**wish.given, **change.settings, "method": method}
     if not method_of(method).four_bits:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
-    situation = Situation(method, wish.goal, dict(fits), settings, frozenset(change.settings), wish.is_mixture)
+    situation = Situation(
+        method=method,
+        goal=wish.goal,
+        fits=dict(fits),
+        settings=settings,
+        changed=frozenset(change.settings),
+        is_mixture=wish.is_mixture,
+    )
     return Recommendation(
-        method,
-        settings,
-        change.estimate,
-        change.workload,
-        change.time_factor,
-        tuple(rule for rule in RULES if rule.when(situation)),
+        method=method,
+        settings=settings,
+        estimate=change.estimate,
+        workload=change.workload,
+        time_factor=change.time_factor,
+        reasons=tuple(rule for rule in RULES if rule.when(situation)),
         is_tight=change.verdict == "tight",
     )
 
@@ -379,7 +388,7 @@ CHECKPOINTING_PAPER = "Chen et al. 2016, arXiv 1604.06174"
 LOW_RANK = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Situation:
     """A recommendation and the facts that explain it."""
 

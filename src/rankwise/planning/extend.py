@@ -117,7 +117,7 @@ class Traffic:
         return accumulation * self.micro_batch + self.step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Peak memory of a training step on one device, in bytes: what the process holds at its highest instant, as an
     idle process and for the training."""

@@ -41,7 +41,7 @@ VENDOR_WORDS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One device and its memory for training, in bytes, bytes per second and FLOP per second."""
 
@@ -192,7 +192,17 @@ def _torch_device(device: str) -> Hardware | None:
     if device == "mps" and torch.backends.mps.is_available():
         note = "memory shared with the system; what Metal recommends at most"
         size = torch.mps.recommended_max_memory()
-        return Hardware("machine", "Apple GPU", "mps", size, True, None, None, "torch.mps", note)
+        return Hardware(
+            kind="machine",
+            name="Apple GPU",
+            device_type="mps",
+            memory_bytes=size,
+            has_bfloat16=True,
+            bytes_per_second=None,
+            flops_per_second=None,
+            source="torch.mps",
+            note=note,
+        )
     return None
 
 
@@ -207,7 +217,16 @@ def _cuda_device() -> Hardware:
         # Where two cards have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
-        known = Hardware("machine", name, "cuda", total, None, None, None, "torch.cuda")
+        known = Hardware(
+            kind="machine",
+            name=name,
+            device_type="cuda",
+            memory_bytes=total,
+            has_bfloat16=None,
+            bytes_per_second=None,
+            flops_per_second=None,
+            source="torch.cuda",
+        )
     return dataclasses.replace(
         known,
         kind="machine",
@@ -260,7 +279,7 @@ MemoryKind = Literal["gddr", "gddr-ecc", "hbm", "unified"]
 VISIBLE_SHARE: dict[MemoryKind, float] = {"gddr": 0.98, "gddr-ecc": 0.91, "hbm": 0.985, "unified": 0.75}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """One accelerator, as it is sold."""
 
@@ -288,14 +307,14 @@ def _read_cards() -> Iterator[Card]:
     for row in csv.DictReader(table.splitlines()):
         kind: Any = row["kind"]
         yield Card(
-            row["name"],
-            float(row["memory_gib"]),
-            kind,
-            float(row["gigabytes_per_second"]),
-            float(row["teraflops"]) if row["teraflops"] else None,
-            row["source"],
-            row["has_bfloat16"] == "1",
-            float(row["float32_share"]),
+            name=row["name"],
+            memory_gib=float(row["memory_gib"]),
+            kind=kind,
+            gigabytes_per_second=float(row["gigabytes_per_second"]),
+            teraflops=float(row["teraflops"]) if row["teraflops"] else None,
+            source=row["source"],
+            has_bfloat16=row["has_bfloat16"] == "1",
+            float32_share=float(row["float32_share"]),
         )
 
 

@@ -56,7 +56,7 @@ DECIDED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodRow:
     """One method at the given settings, in bytes and seconds."""
 
@@ -114,7 +114,7 @@ class Unplanned:
         return {"fits": None, "verdict": None, "failure": {"code": self.code, "message": self.message}}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What ``rankwise plan`` prints."""
 

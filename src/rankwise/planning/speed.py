@@ -121,7 +121,7 @@ def _packing(stored: Fields) -> tuple[int, int]:
     return int(bits[1] or bits[2]) if bits else 0, int(group[1]) if group else 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """Sizes of a model; 0 where the config does not give them."""
 

@@ -211,21 +211,23 @@ def objective_of(model: PreTrainedModel, workload: Workload, layout: Layout) -> 
     facts = OBJECTIVES[workload.objective]
     if facts.of_demonstrations:
         smoothing = workload.label_smoothing
-        return Demonstrations(model, none, None, **of_batches, layout=layout, label_smoothing=smoothing)
+        return Demonstrations(
+            model=model, rows=none, eval_rows=None, **of_batches, layout=layout, label_smoothing=smoothing
+        )
     if facts.of_labels:
         labels = Labels(tuple(map(str, range(workload.labels))), SINGLE)
-        return Classification(none, None, labels, **of_batches)
+        return Classification(rows=none, eval_rows=None, labels=labels, **of_batches)
     scoring = Scoring(model, layout)
     loss_type = workload.loss_type or facts.losses[0]
     if facts.of_preferences:
         preferring = {"loss_type": loss_type, "beta": workload.beta or facts.beta, "max_length": sys.maxsize}
         # A run computes its reference before the first step, in less memory than a step takes.
         kept = Reference("", values=defaultdict(float))
-        return Preferences(scoring, none, None, **of_batches, **preferring, kept=kept)  # type: ignore[arg-type]
+        return Preferences(scoring=scoring, rows=none, eval_rows=None, **of_batches, **preferring, kept=kept)  # type: ignore[arg-type]
     return RewardedAnswers(
-        scoring,
-        none,
-        None,
+        scoring=scoring,
+        rows=none,
+        eval_rows=None,
         decode=lambda answers: [],
         rewards=(),
         weights=(),

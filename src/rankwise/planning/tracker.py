@@ -55,7 +55,7 @@ class Place(NamedTuple):
     turn: int = 0
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Storage:
     """One storage: size in bytes, lifetime in events, and its term once that is known."""
 
@@ -153,7 +153,9 @@ class StorageTracker(DispatchMode):
     def _start(self, storage: torch.UntypedStorage, *, is_logits: bool = False) -> tuple[Reference, Storage]:
         size, key = self.rounding(storage.nbytes()), storage_address(storage)
         recomputing = self.phase == "backward" and torch.is_grad_enabled()
-        record = Storage(size, self.clock, self.phase, recomputing, is_logits)
+        record = Storage(
+            size_bytes=size, born=self.clock, phase=self.phase, recomputing=recomputing, as_logits=is_logits
+        )
         reference = weakref.ref(storage, lambda _: self._end(key, record))
         self._known[key] = entry = (reference, record)
         self.storages.append(record)

@@ -133,7 +133,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload(StepOptions):
     """One training step: ``batch_size`` rows a device, each of them ``max_length`` tokens long.
 

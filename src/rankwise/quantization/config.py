@@ -211,7 +211,7 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + n
 MAX_STATE_BYTES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _State:
     """The JSON of a stored weight."""
 
@@ -293,7 +293,16 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Pack
     if not torch.isfinite(scales).all():
         raise _broken(name, "has scales (absmax) that are NaN or infinite")
     shape, dtype = tuple(stored.shape), getattr(torch, stored.dtype)
-    return PackedWeight(codes, absmax, shape, stored.quant_type, stored.blocksize, nested_absmax, offset, dtype=dtype)
+    return PackedWeight(
+        codes=codes,
+        absmax=absmax,
+        shape=shape,
+        quant_type=stored.quant_type,
+        block_size=stored.blocksize,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        dtype=dtype,
+    )
 
 
 def _read_state(name: str, parts: Mapping[str, Tensor]) -> _State:

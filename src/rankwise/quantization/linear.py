@@ -74,15 +74,15 @@ class FourBitModule(nn.Module):
     def packed_with(self, codes: Tensor) -> PackedWeight:
         """The 4-bit weight with these codes and this module's scales."""
         return PackedWeight(
-            codes,
-            self.absmax,
-            self.shape,
-            self.quant_type,
-            self.block_size,
-            self.nested_absmax,
-            self.offset,
-            self.order,
-            self.dtype,
+            codes=codes,
+            absmax=self.absmax,
+            shape=self.shape,
+            quant_type=self.quant_type,
+            block_size=self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            order=self.order,
+            dtype=self.dtype,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -107,7 +107,7 @@ def describe(model: nn.Module, config: FourBitConfig) -> None:
         config.weights_dtype, config.double_quant, config.block_size = first.dtype, first.double_quant, first.block_size
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
     """The result of ``quantize``."""
 
@@ -170,7 +170,14 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
         mark_quantized(model, config)
     layers = tuple(names[0] for names in targets)
     dense, experts = tuple(dense_linear_names(model)), tuple(expert_tensors(model))
-    return QuantizationReport(layers, tuple(stacks), dense, experts, bytes_before, bytes_after)
+    return QuantizationReport(
+        layers=layers,
+        stacks=tuple(stacks),
+        dense=dense,
+        experts=experts,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+    )
 
 
 def _check_model(model: nn.Module, config: FourBitConfig) -> None:

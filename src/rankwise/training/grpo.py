@@ -66,7 +66,7 @@ EVALUATED_AT_ONCE = 64
 SILENT_STEPS = 10
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class RewardedAnswers:
     """The objective grpo. Rows hold ``input_ids``, the tokens of a prompt, and ``asked``, JSON with the ``prompt`` and
     the other ``columns`` as rewards get them."""
@@ -157,7 +157,9 @@ class RewardedAnswers:
         on an answer's place in the step."""
         model: Any = self.scoring.model
         prompts = [Prompt(tuple(row["input_ids"]), repeat=place) for row, place in zip(rows, places)]
-        decoding = Decoding(self.longest, self.stop_ids, temperature=temperature, seed=seed, to_train_on=True)
+        decoding = Decoding(
+            max_new_tokens=self.longest, stop_ids=self.stop_ids, temperature=temperature, seed=seed, to_train_on=True
+        )
         answers: dict[int, list[int]] = {}
         # Training steps and generation allocate different sizes, so neither would reuse the other's freed memory.
         give_back_freed_memory()

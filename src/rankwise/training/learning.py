@@ -84,9 +84,9 @@ def _demonstrations(learned: Learned) -> Learning:
     def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Demonstrations:
         rows = data.train.dataset
         return Demonstrations(
-            base.model,
-            packed(rows, data.max_length, pace.seed) if learned.packing else rows,
-            data.evaluation and data.evaluation.dataset,
+            model=base.model,
+            rows=packed(rows, data.max_length, pace.seed) if learned.packing else rows,
+            eval_rows=data.evaluation and data.evaluation.dataset,
             **_of_batches(base, pace),
             layout=layout,
             label_smoothing=learned.label_smoothing,
@@ -104,9 +104,9 @@ def _preferences(learned: Learned) -> Learning:
 
     def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Preferences:
         return Preferences(
-            Scoring(base.model, layout),
-            data.train.dataset,
-            data.evaluation and data.evaluation.dataset,
+            scoring=Scoring(base.model, layout),
+            rows=data.train.dataset,
+            eval_rows=data.evaluation and data.evaluation.dataset,
             **_of_batches(base, pace),
             loss_type=learned.loss_type,
             beta=learned.beta,
@@ -130,7 +130,9 @@ def _labels(learned: Learned) -> Learning:
     def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Classification:
         evaluation = data.evaluation and data.evaluation.dataset
         assert data.texts.labels is not None, "read with the rows"
-        return Classification(data.train.dataset, evaluation, data.texts.labels, **_of_batches(base, pace))
+        return Classification(
+            rows=data.train.dataset, eval_rows=evaluation, labels=data.texts.labels, **_of_batches(base, pace)
+        )
 
     return Learning(encode, objective)
 
@@ -161,9 +163,9 @@ def _rewards(learned: Learned) -> Learning:
             )
         encoder = RowEncoder(data.texts.rows, tokenizer, data.texts.template)
         return RewardedAnswers(
-            Scoring(model, layout, temperature=learned.temperature),
-            prompts,
-            data.evaluation and data.evaluation.dataset,
+            scoring=Scoring(model, layout, temperature=learned.temperature),
+            rows=prompts,
+            eval_rows=data.evaluation and data.evaluation.dataset,
             **of_batches,
             decode=functools.partial(tokenizer.batch_decode, skip_special_tokens=True),
             rewards=rewards,
@@ -232,13 +234,13 @@ def make_loop(
         loraplus_ratio=updates.loraplus_ratio if has_adapter(base.model) else None,
     )
     return Loop(
-        base.model,
-        objective,
-        pace,
-        optimizer,
-        progress,
-        folder,
-        functools.partial(around_step, base.model, computing),
+        model=base.model,
+        objective=objective,
+        pace=pace,
+        make_optimizer=optimizer,
+        progress=progress,
+        folder=folder,
+        around_step=functools.partial(around_step, base.model, computing),
         autocast=base.autocast,
         max_grad_norm=updates.max_grad_norm,
         evaluates_first=pace.eval_steps is not None and not is_evaluated,
@@ -437,7 +439,7 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     """Train, and return the loss on ``rows``; None if the run diverges. Nothing is written."""
     loop.pace = dataclasses.replace(loop.pace, save_steps=None)
     try:
-        loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
+        loop.fit(Watch(model=loop.model, progress=loop.progress, memory=MemoryMeter(loop.model.device.type)))
         loop.objective.eval_rows = rows
         loss = loop.measure(lambda: None)["eval_loss"]
     except Diverged:

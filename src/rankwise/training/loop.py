@@ -50,7 +50,7 @@ from rankwise.training.weights import (
 PROGRESS_FILE = "progress.json"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Loop:
     """Trains the parameters of ``model`` that require gradients, and writes checkpoints into ``folder``."""
 

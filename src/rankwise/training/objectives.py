@@ -70,7 +70,7 @@ MISMATCHED = ("KL_completion_ids",)
 ANSWERED, ANSWER_TOKENS = 8, 32
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Demonstrations:
     """The objective sft. ``layout``: that of a micro-batch's rows.
 
@@ -221,7 +221,7 @@ def sums_of_logits(model: PreTrainedModel, inputs: Batch, label_smoothing: float
 # --- labels ---
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Classification:
     """The objective classify. ``size``: rows of a micro-batch of all processes."""
 
@@ -341,7 +341,7 @@ class Scoring:
         return figures
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Preferences:
     """The objectives dpo and kto. ``size``: rows of a micro-batch of all processes."""
 
@@ -518,7 +518,9 @@ class Preferences:
         found = dict.fromkeys(map(tuple, rows[: 2 * ANSWERED]["prompt_ids"]))
         prompts = [Prompt(ids) for ids in itertools.islice(found, ANSWERED)]
         room = answer_room(model, max(len(prompt.ids) for prompt in prompts), ANSWER_TOKENS)
-        generator = Generator(model, Decoding(room, stop_ids_of(model, tokenizer)), pad=self.pad)
+        generator = Generator(
+            model, Decoding(max_new_tokens=room, stop_ids=stop_ids_of(model, tokenizer)), pad=self.pad
+        )
         after = generator.answers(prompts)
         with reference_at_work(model):
             before = generator.answers(prompts)

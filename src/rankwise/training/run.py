@@ -276,18 +276,18 @@ def _prepare(
     if OBJECTIVES[learned.objective].of_preferences:
         reference = _reference(base, lora, loaded, rows, step)
     return Session(
-        asked.output,
-        mode,
-        loop,
-        loaded.tokenizer,
-        checkpoint,
-        record,
-        observer,
-        asked.trackers,
-        retention,
-        reference,
-        (base.cache or cache_folder()) / "reference",
-        given.callbacks,
+        folder=asked.output,
+        mode=mode,
+        loop=loop,
+        tokenizer=loaded.tokenizer,
+        checkpoint=checkpoint,
+        record=record,
+        observer=observer,
+        trackers=asked.trackers,
+        retention=retention,
+        reference=reference,
+        shared=(base.cache or cache_folder()) / "reference",
+        callbacks=given.callbacks,
     )
 
 

@@ -116,7 +116,7 @@ class Retention(Protocol):
         """Called with the weights that are kept. Returns the record's entry."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Session:
     """A checked run, ready to start."""
 
@@ -229,13 +229,13 @@ class Session:
             at = "" if self.checkpoint is None else f", resuming from step {self.checkpoint.step}"
             self.observer.phase(f"Training{at}")
             watch = Watch(
-                loop.model,
-                progress,
-                memory,
-                loop.objective.shown,
-                self.observer,
-                self.folder if ranks.is_writer() else None,
-                trackers,
+                model=loop.model,
+                progress=progress,
+                memory=memory,
+                shown=loop.objective.shown,
+                observer=self.observer,
+                folder=self.folder if ranks.is_writer() else None,
+                tracker=trackers,
                 tick=self._tick,
                 interrupt=interrupt,
                 check=GradientCheck(

@@ -88,7 +88,7 @@ class Data:
         return described
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedBase:
     """A model ready to train, and how it was loaded."""
 
@@ -237,7 +237,16 @@ def load_for_training(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     facts = model_facts(model, source)
-    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason, facts)
+    return LoadedBase(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        device=where,
+        dtype=choice.dtype,
+        autocast=autocast,
+        device_reason=choice.reason,
+        facts=facts,
+    )
 
 
 def _read_weights(

@@ -245,7 +245,7 @@ class GradientCheck:
         return False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Watch:
     """Measures every step, writes ``metrics.jsonl``, calls the observer, and says when the user has asked to stop."""
 
@@ -394,7 +394,7 @@ def b_norm(model: nn.Module) -> float | None:
     return torch.nn.utils.get_total_norm(found).item() if found else None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Progress:
     """The progress of a run, over all its resumptions; part of every checkpoint."""
 

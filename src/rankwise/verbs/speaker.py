@@ -57,7 +57,7 @@ class Said:
         return repeated(self.text) if self.cut_at else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Speaker:
     """A loaded model that answers prompts, through a chat template or as plain text."""
 
@@ -181,8 +181,17 @@ def load_speaker(
     ends = _ends(template, loaded.tokenizer) if is_chat else set()
     stops = stop_ids_of(loaded.model, loaded.tokenizer, ends)
     ending = str(trained.get("prompt_ending") or "") if is_plain else ""
-    models = (loaded.model, loaded.tokenizer, settings, loaded.base_tokenizer)
-    return Speaker(*models, is_chat, template, ending, stops), loaded.device
+    speaker = Speaker(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        settings=settings,
+        base_tokenizer=loaded.base_tokenizer,
+        is_chat=is_chat,
+        template=template,
+        ending=ending,
+        stop_ids=stops,
+    )
+    return speaker, loaded.device
 
 
 def _ends(template: str | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -191,7 +200,7 @@ def _ends(template: str | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     from rankwise.data.encoding import RowEncoder
 
     try:
-        return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, template).stop_ids()
+        return RowEncoder(Rows(items=(), kind="chat", source="", sha256="", format=""), tokenizer, template).stop_ids()
     except DataError as error:
         # A template that writes no assistant's turn ends none. Other faults show when it writes the prompts.
         if error.code not in ("RW211", "RW212", "RW213"):

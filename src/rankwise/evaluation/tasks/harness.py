@@ -254,7 +254,15 @@ def _example(name: str, rows: Sequence[Fields], cluster: str | None, task: Any) 
     else:
         prediction = str(responses[0]) if responses else ""
     prompt = str(first["arguments"][0][0])[-SHOWN_CHARACTERS:]
-    return Example(name, prompt, prediction, scores, [str(first["target"])], cluster, details)
+    return Example(
+        id=name,
+        prompt=prompt,
+        prediction=prediction,
+        scores=scores,
+        references=[str(first["target"])],
+        cluster=cluster,
+        details=details,
+    )
 
 
 def _sources(docs: Sequence[Fields]) -> list[str | None]:

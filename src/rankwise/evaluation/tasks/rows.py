@@ -140,7 +140,14 @@ def _example(row: Row, number: int, clusters: dict[str, str], log_p: Sequence[fl
     asked, said = _texts(row)
     scores = {"loss": -math.fsum(log_p) / len(log_p), "tokens": len(log_p)}
     references = [shortened(said, SHOWN_CHARACTERS)] if said else None
-    return Example(str(number), shortened(asked, SHOWN_CHARACTERS), "", scores, references, clusters.get(asked))
+    return Example(
+        id=str(number),
+        prompt=shortened(asked, SHOWN_CHARACTERS),
+        prediction="",
+        scores=scores,
+        references=references,
+        cluster=clusters.get(asked),
+    )
 
 
 def _texts(row: Row) -> tuple[str, str]:
@@ -221,12 +228,12 @@ class Preference(Task):
                 rewards = self._rewards(engine, scorer, [rows[number] for number in batch])
                 return [
                     Example(
-                        str(number),
-                        engine.decode(rows[number]["prompt_ids"]),
-                        "",
-                        _scores(of_row, rows[number].get("label"), labels),
-                        [engine.decode(ids) for ids in _answers(rows[number])[:1]],
-                        prompts[number] if repeated else None,
+                        id=str(number),
+                        prompt=engine.decode(rows[number]["prompt_ids"]),
+                        prediction="",
+                        scores=_scores(of_row, rows[number].get("label"), labels),
+                        references=[engine.decode(ids) for ids in _answers(rows[number])[:1]],
+                        cluster=prompts[number] if repeated else None,
                     )
                     for number, of_row in zip(batch, rewards, strict=True)
                 ]
@@ -322,13 +329,13 @@ class LabelAnswers(Task):
             each = losses(logits, torch.tensor([row["label"] for row in rows]), self.labels.problem).tolist()
             return [
                 Example(
-                    str(number),
-                    shortened(texts[number], SHOWN_CHARACTERS),
-                    self._words(said),
-                    {"loss": loss} if is_number else {"accuracy": float(said == row["label"]), "loss": loss},
-                    [self._words(row["label"])],
-                    text_sha256(texts[number]) if repeated else None,
-                    {"answer": said, "label": row["label"]},
+                    id=str(number),
+                    prompt=shortened(texts[number], SHOWN_CHARACTERS),
+                    prediction=self._words(said),
+                    scores={"loss": loss} if is_number else {"accuracy": float(said == row["label"]), "loss": loss},
+                    references=[self._words(row["label"])],
+                    cluster=text_sha256(texts[number]) if repeated else None,
+                    details={"answer": said, "label": row["label"]},
                 )
                 for number, row, said, loss in zip(batch, rows, answers, each, strict=True)
             ]

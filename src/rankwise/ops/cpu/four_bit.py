@@ -115,7 +115,7 @@ def _product(a: Tensor, factor: products.Factor, columns: int, *, across: bool, 
     rows = a.reshape(-1, a.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = on_huge_pages((*a.shape[:-1], columns), a.dtype)
-    term = products.Term(rows, factor, across)
+    term = products.Term(a=rows, W=factor, across=across)
     products.add_products([term], out.view(-1, columns), bias=None if bias is None else bias.float())
     return out
 

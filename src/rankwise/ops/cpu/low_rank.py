@@ -67,22 +67,22 @@ class Steps:
         are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
         exact = are_floats and rows.dtype is torch.bfloat16
         U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
-        add_products([Term(dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
+        add_products([Term(a=dropped(rows, dropout), W=_stacked_A(branches), exact=exact)], U, rest=rest)
         rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)
         ys, made = [], {}
         for branch, factor, scales, U_i, rest_i in zip(
             branches, self.factors, self.scales, U.split(ranks, dim=1), rests
         ):
-            low_rank = Term(U_i, _factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
+            low_rank = Term(a=U_i, W=_factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
             bias = None if branch.bias is None else branch.bias.float()
             y = roomy((T, branch.B.shape[0]), rows.dtype, OF_OUTPUTS)
-            frozen = Term(rows, factor)
+            frozen = Term(a=rows, W=factor)
             if scales is not None:
                 # Weights that were calibrated together share their channel scales.
                 if id(scales.channel) not in made:
                     made[id(scales.channel)] = quantize_rows(rows, scales.per_channel)
                 q, a = made[id(scales.channel)]
-                frozen = Term(q, factor, in_bytes=InBytes(a, scales, factor, across=False))
+                frozen = Term(a=q, W=factor, in_bytes=InBytes(a, scales, factor, across=False))
             ys.append(add_products([frozen, low_rank], y, branch.gain, bias))
         return ys, U
 
@@ -107,14 +107,14 @@ class Steps:
             if dy is None:
                 grads.append(BranchGrads())
                 continue
-            B = Term(dy, _factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
+            B = Term(a=dy, W=_factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
             add_products([B], dU[:, columns])
             grads.append(_branch_grads(dy, branch, y, U[:, columns], want))
             if scales is None or not want_dx:
-                terms.append(Term(dy, factor, across=True, gain=branch.gain))
+                terms.append(Term(a=dy, W=factor, across=True, gain=branch.gain))
             else:
                 q, b = quantize_rows(dy, scales.row if branch.gain is None else scales.row * branch.gain)
-                terms.append(Term(q, factor, across=True, in_bytes=InBytes(b, scales, factor, across=True)))
+                terms.append(Term(a=q, W=factor, across=True, in_bytes=InBytes(b, scales, factor, across=True)))
         return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
 
     def grad_A(self, dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
@@ -147,7 +147,7 @@ def _branch_grads(dy: Tensor, branch: Branch, y: Tensor | None, U: Tensor, want:
 def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> Tensor:
     """``sum_i dy_i (g_i W_i) + drop(dU A)`` (T, K)."""
     shape = dU.shape[0], branches[0].A.shape[1]
-    low_rank = Term(dU, _stacked_A(branches), across=True)
+    low_rank = Term(a=dU, W=_stacked_A(branches), across=True)
     if dropout is None:
         return add_products([*terms, low_rank], dU.new_empty(shape))
     dx = add_products(terms, dU.new_empty(shape))

@@ -63,7 +63,7 @@ class Factor:
         return cls(W, W.stride(1), across=True) if W.stride(0) == 1 else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
@@ -119,7 +119,7 @@ def _time_of_integers(dtype: torch.dtype, level: str) -> float:
     scales, factor = Scales.of(W, torch.ones(512), largest()), Factor.of(W)
     assert factor is not None, "a dense weight"
     q, a = quantize_rows(x, scales.per_channel)
-    terms = Term(x, factor), Term(q, factor, in_bytes=InBytes(a, scales, factor, across=False))
+    terms = Term(a=x, W=factor), Term(a=q, W=factor, in_bytes=InBytes(a, scales, factor, across=False))
     threads = torch.get_num_threads()
     seconds: tuple[list[float], list[float]] = [], []
     torch.set_num_threads(1)
