@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar
@@ -282,8 +281,8 @@ class LoraConfig(AdapterOptions, _PeftFields):
         """Whether ``modules_to_save`` names the module at ``path`` or one that contains it. A key is any end of a name,
         as in PEFT: ``norm`` stands for ``input_layernorm`` too.
         """
-        keys = tuple(self.modules_to_save or ())
-        return any(name.endswith(keys) for name in itertools.accumulate(path.split("."), "{}.{}".format))
+        keys, parts = tuple(self.modules_to_save or ()), path.split(".")
+        return any(".".join(parts[:count]).endswith(keys) for count in range(1, len(parts) + 1))
 
 
 def _with_tuples(value: Any) -> Any:

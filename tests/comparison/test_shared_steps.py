@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.comparison import steps
-from rankwise.comparison.steps import measure, prepare
+from rankwise.comparison.steps import measure, prepare_steps
 from tiny_models import tiny_llama
 
 ROWS = [{"prompt": f"{n} and", "completion": f"{n % 3} so"} for n in range(5)]
@@ -72,5 +72,5 @@ def test_each_kind_of_base_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(steps, "needs_preparation", lambda source, quantization: quantization is not None)
     monkeypatch.setattr(steps, "load_for_training", lambda base, source: loaded.append(base.method))
     common = {"model": "demo", "data": "rows.jsonl", "output": "out", "objective": "sft"}
-    prepare({"runs": [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]})
+    prepare_steps({"runs": [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]})
     assert loaded == ["qlora"]

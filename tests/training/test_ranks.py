@@ -97,14 +97,14 @@ def test_errors_of_communication_alone_mean_that_a_process_is_lost(
 
 def test_of_processes_that_fail_the_first_tells_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    assert ranks.is_first_to_tell()
+    assert ranks.claim_the_report()
     store = dist.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     for restart in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
-        assert [ranks.is_first_to_tell() for _ in range(3)] == [True, False, False]
+        assert [ranks.claim_the_report() for _ in range(3)] == [True, False, False]
 
 
 def settings(**changes: Any) -> TrainSettings:

@@ -174,7 +174,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     on_cpu = parameter.device.type in ("cpu", "meta") and not is_on_card(parameter)
     left: list[str] = []
     norms, mlps, ropes = fuse_parts(model, undo)
-    head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
+    head, shared_inputs = fuse_what_a_run_shows(model, undo, left, fuse_loss=fuse_loss)
     if on_cpu and checkpoints_in_forward():
         replace_checkpointing(model, undo)
     elif on_cpu:
@@ -291,7 +291,7 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     return False
 
 
-def look_into(
+def fuse_what_a_run_shows(
     model: nn.Module, undo: Undo, left: list[str] | None = None, *, fuse_loss: bool = True
 ) -> tuple[Head | None, int]:
     """Run two tokens through the model, and set up the fused loss and shared inputs.

@@ -147,24 +147,28 @@ def plan_adapter(
 
 def _check_beside(model: nn.Module, planned: Sequence[AdaptedModule]) -> None:
     """Raise AdapterError (RW406) if one adapter trains a module whole and another adapts it or a part of it."""
+    # {path: whether the module trains whole}.
     there = {path: isinstance(module, TrainedCopy) for path, module in wrappers(model)}
     asked = {item.path: item.kind == "trained whole" for item in planned}
     if any(item.kind == "new tokens" for item in planned) and (head := tied_head(model)):
         asked[head] = False
-    clashes = [
-        (whole, path)
-        for one, other in ((asked, there), (there, asked))
-        for whole in (path for path, is_whole in one.items() if is_whole)
-        for path, is_whole in other.items()
-        if path.startswith(f"{whole}.") or (path == whole and not is_whole)
-    ]
-    if clashes:
-        whole, path = clashes[0]
+    clash = _inside_of_whole(asked, there) or _inside_of_whole(there, asked)
+    if clash is not None:
+        whole, path = clash
         raise AdapterError(
             "RW406",
             f"one adapter trains {whole} whole (modules_to_save) and another adapts {path}, which one model cannot "
             "hold; remove the other with rankwise.remove_adapter, or load this one into a model of its own.",
         )
+
+
+def _inside_of_whole(one: Mapping[str, bool], other: Mapping[str, bool]) -> tuple[str, str] | None:
+    """The first module that ``one`` trains whole, with the module in it, or itself, that ``other`` adapts."""
+    for whole in (path for path, is_whole in one.items() if is_whole):
+        for path, is_whole in other.items():
+            if path.startswith(f"{whole}.") or (path == whole and not is_whole):
+                return whole, path
+    return None
 
 
 def _planned_rows(

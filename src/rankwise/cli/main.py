@@ -177,7 +177,7 @@ def _refuse_several_processes(command: Command) -> None:
 def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int:
     if debugging():
         traceback.print_exception(cause, file=sys.stderr)
-    if not ranks.is_first_to_tell():
+    if not ranks.claim_the_report():
         return error.exit_code
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
     # The error may be that stdout or stderr cannot be written.

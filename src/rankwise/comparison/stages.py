@@ -14,7 +14,7 @@ from typing import Literal
 from rankwise.config import idle_options, variant_of
 from rankwise.errors import Interrupted, RunError, one_line
 from rankwise.foreign import Fields, JsonObject, checked, read_json
-from rankwise.records import RUN_FILE, RunRecord, read_metrics, record_of, write_json, write_text
+from rankwise.records import RUN_FILE, RateTrial, RunRecord, read_metrics, record_of, write_json, write_text
 from rankwise.reports.comparison import KEPT_ROWS_LOSS, RUNS_FOLDER, RateSearch, SearchedRate
 
 
@@ -384,18 +384,18 @@ def _halved(plan: Plan, cell: Cell) -> RateSearch:
     found = None if record is None else record.rate_search
     if found is None:
         return {"tried": [], "chosen": None, "at_edge": False}
-    first, last = (
-        {trial["learning_rate"]: trial for trial in trials} for trials in (found["trials"][::-1], found["trials"])
-    )
+    trials: dict[float, list[RateTrial]] = {}
+    for trial in found["trials"]:
+        trials.setdefault(trial["learning_rate"], []).append(trial)
     tried: list[SearchedRate] = [
         {
             "learning_rate": rate,
             "metric": KEPT_ROWS_LOSS,
-            "value": first[rate]["loss"],
-            "steps": last[rate]["steps"],
+            "value": rounds[0]["loss"],
+            "steps": rounds[-1]["steps"],
             "run": cell.id,
         }
-        for rate in sorted(first)
+        for rate, rounds in sorted(trials.items())
     ]
     chosen = found["chosen"]
     return {

@@ -238,7 +238,7 @@ def answering(work: Callable[[], None]) -> int:
     return 0
 
 
-def prepare(job: Fields) -> None:
+def prepare_steps(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     runs = [TrainSettings.model_validate(run) for run in job["runs"]]
     # Runs that start from the same base in the same dtype share it.
@@ -255,7 +255,7 @@ def prepare(job: Fields) -> None:
 def main(argv: list[str]) -> int:
     job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     if "runs" in job:
-        return answering(lambda: prepare(job))
+        return answering(lambda: prepare_steps(job))
     return answering(lambda: measure(job))
 
 

@@ -99,13 +99,16 @@ def convert(
     limit = max_error if max_error is not None else (DEFAULT_ERROR if r is None else math.inf)
     tried = 0
     for most in RANKS_TRIED if r is None else (r,):
-        found = _directions(layers, name, inputs, measured, most)
-        errors = _errors(found.values(), most)
-        least = next((one for one in range(r or 1, most + 1) if errors[one] <= limit), most + 1)
+        directions = _directions(layers, name, inputs, measured, most)
+        errors = _errors(directions.values(), most)
+        # Beyond ``most`` if none of these ranks is within the limit.
+        least = r or 1
+        while least <= most and errors[least] > limit:
+            least += 1
         for chosen in _grown(max(least, tried + 1), most):
-            pairs = {path: one.pair(chosen) for path, one in found.items()}
+            pairs = {path: layer.pair(chosen) for path, layer in directions.items()}
             if keeps is None or keeps(pairs):
-                by_layer = {path: _errors([one], chosen)[chosen] for path, one in found.items()}
+                by_layer = {path: _errors([layer], chosen)[chosen] for path, layer in directions.items()}
                 tokens = sum(map(len, next(iter((measured or inputs).values()), ())))
                 return pairs, Conversion(chosen, least, errors[chosen], by_layer, tokens)
             tried = chosen

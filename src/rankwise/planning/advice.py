@@ -102,8 +102,10 @@ def _largest(
     disk, however much memory is free then. A peak is a maximum of lines, and so never above the line between two.
     """
     asked = max(1, min(most, getattr(workload, name)) // unit)
-    sizes = [asked >> times for times in range(asked.bit_length() - 1, 0, -1)]
-    sizes += [asked << times for times in range((most // unit // asked).bit_length())]
+    halved = [asked >> times for times in reversed(range(1, asked.bit_length()))]
+    doubled = [asked << times for times in range((most // unit // asked).bit_length())]
+    sizes = halved + doubled
+    # Places in ``sizes``: the largest that fits, the smallest that does not, and the one to try.
     low, high, at = -1, len(sizes), sizes.index(asked)
     peaks: dict[int, int] = {}
     slopes: dict[int, float] = {}
@@ -112,14 +114,16 @@ def _largest(
         found = estimate(method, dataclasses.replace(workload, **changed))
         peaks[at], spare = found.peak_bytes, memory_bytes - found.peak_bytes
         slopes[at] = max(1, sum(found.breakdown[term] for term in PER_TOKEN)) / sizes[at]
-        low, high = (at, high) if spare >= 0 else (low, at)
+        if fits := spare >= 0:
+            low = at
+        else:
+            high = at
         if low in peaks and high in peaks:
             expected = peaks[low] + slopes[low] * (sizes[high] - sizes[low])
             if abs(expected - peaks[high]) <= STRAIGHT * peaks[high]:
                 break
-        guess = bisect.bisect_right(sizes, sizes[at] + spare / slopes[at]) - 1
-        # Of a step that fits, the first one that should not.
-        at = min(high - 1, max(low + 1, guess + (spare >= 0)))
+        last_to_fit = bisect.bisect_right(sizes, sizes[at] + spare / slopes[at]) - 1
+        at = min(high - 1, max(low + 1, last_to_fit + 1 if fits else last_to_fit))
     if low < 0 or high == len(sizes):
         return sizes[low] * unit if low >= 0 else 0
     share = (memory_bytes - peaks[low]) / (peaks[high] - peaks[low])

@@ -56,7 +56,7 @@ from rankwise.training.step import (
     make_trainable,
     mixed,
     mixed_precision,
-    prepare,
+    prepare_model,
 )
 
 Enter = Callable[[str], None]
@@ -142,7 +142,7 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
         keep_reference(model)
     products, _ = choose(workload, method, workload.objective, workload.strategy, model)
     ids = functools.partial(torch.ones, 1, 2, dtype=torch.long)
-    prepared = prepare(model, method, workload.objective, part_of(Computing, workload, products=products), ids)
+    prepared = prepare_model(model, method, workload.objective, part_of(Computing, workload, products=products), ids)
     stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
     if stands_for_card and (prepared.accelerated is None or not prepared.accelerated.attention):
         use_card_attention(model)

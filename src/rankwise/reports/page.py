@@ -114,15 +114,17 @@ def _bar(facts: Fields, metric: str) -> Sequence[float] | None:
 def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     """Quality against what was lost; without --retain nothing."""
     metric, spots = comparison.metric, []
-    for name in comparison.ranked():
-        facts = comparison["methods"][name]
-        if (kept := facts["retained"]) is not None:
-            base, scale, interval = kept, kept["base"] / 100, kept["interval"]
-            reach = interval and [bound / scale for bound in interval]
-            rise = kept["difference"] / scale
-            spots.append(Spot(name, rise, facts["mean"][metric], reach, _bar(facts, metric)))
-    if not spots:
+    measured = [name for name in comparison.ranked() if comparison["methods"][name]["retained"] is not None]
+    if not measured:
         return {"retained": ""}
+    # The base's loss and the margin are those of every method.
+    base = comparison["methods"][measured[0]]["retained"]
+    scale = base["base"] / 100
+    for name in measured:
+        facts = comparison["methods"][name]
+        interval, rise = facts["retained"]["interval"], facts["retained"]["difference"] / scale
+        reach = interval and [bound / scale for bound in interval]
+        spots.append(Spot(name, rise, facts["mean"][metric], reach, _bar(facts, metric)))
     margin, what = base["margin"] / base["base"], comparison["data"]["retain"]
     axis = "loss on the retained rows, change in %"
     return {

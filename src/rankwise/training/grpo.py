@@ -50,7 +50,7 @@ from rankwise.training.batches import (
     on_device,
     shuffled,
 )
-from rankwise.training.losses import NORMALISED, advantages, of_rewards
+from rankwise.training.losses import NORMALISED, advantages, policy_losses
 from rankwise.training.objectives import Scoring
 from rankwise.training.step import Loss
 
@@ -123,9 +123,13 @@ class RewardedAnswers:
         places = [start * self.size + place for start in range(len(batches)) for place in own]
         answers = self._written(prompts, places, self.scoring.temperature, self.seed << 32 | step)
         is_cut = [answer[-1] not in self.stop_ids for answer in answers]
-        found = zip(places, self._scored(prompts, answers), map(len, answers), is_cut)
-        everyone = sorted(itertools.chain.from_iterable(ranks.gathered([*found])))
-        _, scores, lengths, cut = map(list, zip(*everyone))
+        own_scores = self._scored(prompts, answers)
+        # Of the answers of all processes, by their places in the step.
+        of_all = ranks.gathered([*zip(places, own_scores, map(len, answers), is_cut)])
+        everyone = sorted(itertools.chain.from_iterable(of_all))
+        scores = [score for _, score, _, _ in everyone]
+        lengths = [length for _, _, length, _ in everyone]
+        cut = sum(was_cut for _, _, _, was_cut in everyone)
         rewards = self._weighted(scores, must=step == 0)
         advantage = advantages(rewards, self.group).to(self.scoring.model.device)
         is_equal = [len({*group[~group.isnan()].tolist()}) < 2 for group in rewards.split(self.group)]
@@ -142,7 +146,7 @@ class RewardedAnswers:
             **{name: (mean, 1) for name, mean in self._means(scores, rewards).items()},
             "equal_rewards": (sum(is_equal), len(is_equal)),
             "completion_tokens": (sum(lengths), len(lengths)),
-            "cut_completions": (sum(cut), len(cut)),
+            "cut_completions": (cut, len(everyone)),
         }
         made = []
         for start in range(0, len(prompts), len(own)):
@@ -216,7 +220,7 @@ class RewardedAnswers:
         mask = answers.mask[:, 1:]
         reference = self.scoring.reference(answers) if self.beta else None
         scores = self.scoring.scores(answers, want_stats=True)
-        losses, kl = of_rewards(scores.log_probs, reference, batch["advantages"][:, None], self.beta)
+        losses, kl = policy_losses(scores.log_probs, reference, batch["advantages"][:, None], self.beta)
         figures: Figures = {**batch["figures"], **self.scoring.figures(answers, scores)}
         if kl is not None:
             figures = {**figures, "kl": ((kl.detach() * mask).sum(), mask.sum())}

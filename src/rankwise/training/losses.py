@@ -110,7 +110,7 @@ def advantages(rewards: Tensor, group: int) -> Tensor:
     return (above / (std + 1e-4)).nan_to_num(0.0).flatten()
 
 
-def of_rewards(log_p: Tensor, reference: Tensor | None, A: Tensor, beta: float) -> tuple[Tensor, Tensor | None]:
+def policy_losses(log_p: Tensor, reference: Tensor | None, A: Tensor, beta: float) -> tuple[Tensor, Tensor | None]:
     """(l, KL) of each token (B, L):  l = -rho (A - beta KL),  KL = exp(d) - d - 1,  d = log p_ref - log p.
 
     Shao et al. 2024, equations 3 and 4, with the unbiased gradient of KL: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.

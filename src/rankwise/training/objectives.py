@@ -368,7 +368,11 @@ class Preferences:
         # Flat once its margin is met.
         self.silence_is_normal = self.loss_type == "hinge"
         if self.loss_type == "kto":
-            self.rows, self.eval_rows = (rows and mismatched(rows, self.size) for rows in (self.rows, self.eval_rows))
+            # A memory plan has no rows.
+            if len(self.rows):
+                self.rows = mismatched(self.rows, self.size)
+            if self.eval_rows is not None:
+                self.eval_rows = mismatched(self.eval_rows, self.size)
 
     @property
     def in_words(self) -> str:

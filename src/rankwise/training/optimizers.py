@@ -100,8 +100,8 @@ def make_optimizer(
         decaying = decaying_names(model)
         named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
         groups: list[Group] = [
-            {"params": [parameter for key, parameter in named if (key in decaying) is decays], "weight_decay": decay}
-            for decays, decay in ((True, weight_decay), (False, 0.0))
+            {"params": [tensor for key, tensor in named if key in decaying], "weight_decay": weight_decay},
+            {"params": [tensor for key, tensor in named if key not in decaying], "weight_decay": 0.0},
         ]
     else:
         groups = loraplus_groups(model, rate=rate, ratio=loraplus_ratio, weight_decay=weight_decay)
@@ -109,7 +109,8 @@ def make_optimizer(
     if name in TORCHAO:
         from torchao import optim
 
-        return getattr(optim, f"AdamW{name[-4:]}")(groups, **adam, block_size=256)
+        kind = {"adamw_torch_4bit": optim.AdamW4bit, "adamw_torch_8bit": optim.AdamW8bit}[name]
+        return kind(groups, **adam, block_size=256)
     if name in BITSANDBYTES:
         return _of_bitsandbytes(name, model, groups, rate)
     if name == "adafactor":

@@ -249,10 +249,8 @@ def check_same_file(path: Path) -> None:
     )
 
 
-def is_first_to_tell() -> bool:
-    """Whether this process reports why the processes failed. The first to fail does, since the others fail because of
-    it.
-    """
+def claim_the_report() -> bool:
+    """Claim to report why the processes failed; whether this process is the first to. The others fail because of it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     import torch.distributed as dist

@@ -69,7 +69,7 @@ from rankwise.training.products import affordable_rows, judge, kept_file, pairs_
 from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens
-from rankwise.training.step import TO_BE_MEASURED, Computing, Objective, Prepared, Products, choose, prepare
+from rankwise.training.step import TO_BE_MEASURED, Computing, Objective, Prepared, Products, choose, prepare_model
 from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
 from rankwise.training.weights import checkpoint_bytes, reading_state
 
@@ -486,7 +486,7 @@ def _accelerated(
     if options.products == "auto" and takes_eight_bit(*of_run, options) and why != TO_BE_MEASURED:
         observer.note(f"frozen products: {products} ({why})")
     ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model)
-    prepared = prepare(model, base.method, objective, part_of(Computing, options, products=products), ids)
+    prepared = prepare_model(model, base.method, objective, part_of(Computing, options, products=products), ids)
     if before is not None and products == "int8" and before.products_measured:
         prepared = taken(prepared, model, products, before.products_measured["left"])
     return prepared

@@ -49,7 +49,7 @@ from rankwise.quantization.targets import four_bit_modules
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
 from rankwise.training.watch import Step
-from rankwise.training.weights import looked_into
+from rankwise.training.weights import gathered_for_tests
 
 Products = Literal["bfloat16", "int8"]
 TO_BE_MEASURED = "to be measured"
@@ -151,7 +151,7 @@ def choose(
     return "int8", TO_BE_MEASURED
 
 
-def prepare(
+def prepare_model(
     model: PreTrainedModel,
     method: str,
     objective: ObjectiveName,
@@ -165,7 +165,7 @@ def prepare(
     """
     accelerated = None
     if computing.fast and not method_of(method).is_guest:
-        with looked_into(model):
+        with gathered_for_tests(model):
             accelerated = optimize_for_training(model, products=computing.products)
         if computing.products == "int8" and (left := calibrate_products(model, calibration())):
             why = f"{left} layers stay in bfloat16: no token of the first rows reaches them"

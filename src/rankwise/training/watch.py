@@ -174,16 +174,13 @@ class Step:
     def read(self, norm: Tensor) -> None:
         """Get all values from the device at once, summed over the processes; the loss is their mean."""
         names = sorted(self.figures)
-        values: list[Any] = [*self._losses, norm, *(value for name in names for value in self.figures[name])]
-        on_device = [value for value in values if isinstance(value, Tensor)]
-        found = iter(torch.stack([value.detach().float().reshape(()).to(norm.device) for value in on_device]).tolist())
-        values = [next(found) if isinstance(value, Tensor) else float(value) for value in values]
-        count = len(self._losses)
-        self.norm = values[count]
-        losses = math.fsum(values[:count])
-        loss, tokens, examples, *sums = ranks.summed([losses, self.tokens, self.examples, *values[count + 1 :]])
+        figures = [value for name in names for value in self.figures[name]]
+        self.norm, *values = _read([norm, *self._losses, *figures], norm.device)
+        losses, figures = values[: len(self._losses)], values[len(self._losses) :]
+        loss, tokens, examples, *figures = ranks.summed([math.fsum(losses), self.tokens, self.examples, *figures])
         self.loss, self.tokens, self.examples = loss / ranks.count(), int(tokens), int(examples)
-        self.figures = {name: sums[2 * place : 2 * place + 2] for place, name in enumerate(names)}
+        sums, weights = figures[::2], figures[1::2]
+        self.figures = {name: [total, weight] for name, total, weight in zip(names, sums, weights)}
         self.steps, self._losses = 1, []
 
     def take(self, step: Step) -> None:
@@ -193,6 +190,13 @@ class Step:
         for name, values in step.figures.items():
             sums = self.figures.get(name, [0.0, 0.0])
             self.figures[name] = [before + value for before, value in zip(sums, values)]
+
+
+def _read(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
+    """``values`` as numbers, those of the device copied at once."""
+    tensors = [value.detach().float().reshape(()).to(device) for value in values if isinstance(value, Tensor)]
+    copied = iter(torch.stack(tensors).tolist())
+    return [next(copied) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 class GradientCheck:

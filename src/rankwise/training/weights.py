@@ -165,7 +165,7 @@ def _parts_tied_weights(model: PreTrainedModel, trained: Sequence[nn.Module], *,
 
 
 @contextmanager
-def looked_into(model: Any) -> Iterator[None]:
+def gathered_for_tests(model: Any) -> Iterator[None]:
     """A context in which the parts of a sharded model can be called for tests: one layer of each kind is gathered, and
     so is everything outside of the layers.
     """
