@@ -22,7 +22,7 @@ import results
 
 from rankwise.config import TrainSettings, default_rate, variant_of
 from rankwise.models import fetch_model
-from rankwise.planning.speed import read_model
+from rankwise.planning.facts import read_model
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training.run import train
 

@@ -32,7 +32,7 @@ import rankwise.planning.trace  # noqa: F401
 import rankwise.training.run  # noqa: F401
 from rankwise.cli.main import main as main_of_rankwise
 from rankwise.methods import method_of
-from rankwise.planning.extend import error_bytes
+from rankwise.planning.memory import error_bytes
 from rankwise.records import write_json
 
 

@@ -13,7 +13,7 @@ import rankwise.data
 import rankwise.evaluation
 from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation import EvaluateSettings
-from rankwise.evaluation.settings import check_options, make_tasks
+from rankwise.evaluation.tasks.making import check_options, make_tasks
 from small_engines import arc_docs, write_lines
 
 WRITTEN = {"instruction": "Is it true?", "input": "", "output": "true", "answer": "true"}

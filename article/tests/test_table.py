@@ -11,9 +11,8 @@ import pytest
 
 from rankwise.foreign import read_json
 from rankwise.records import write_json
-from rankwise_article import table
+from rankwise_article import table_runs
 from rankwise_article.bleu_nist import mteval_statistics
-from rankwise_article.table import _scores_file, chosen_rate, unfinished
 from rankwise_article.table_page import (
     Runs,
     Score,
@@ -26,6 +25,7 @@ from rankwise_article.table_page import (
     verdict,
 )
 from rankwise_article.table_plot import picture
+from rankwise_article.table_runs import chosen_rate, scores_file, unfinished
 
 STATE = Path(__file__).parents[1] / "table"
 SETTINGS = tomllib.loads((STATE / "settings.toml").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def keep(folder: Path, method: str, seed: int, wrong: int):
     write_json(folder / f"{method}-{seed}" / "run.json", {"method": method, "seed": seed, "scores": scores, **figures})
     (folder / f"{method}-{seed}" / "outputs.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     rows = {name: good.tolist() for name in ("METEOR", "ROUGE_L", "CIDEr")}
-    (folder / f"{method}-{seed}" / "scores.tsv").write_text(_scores_file(statistics, rows), encoding="utf-8")
+    (folder / f"{method}-{seed}" / "scores.tsv").write_text(scores_file(statistics, rows), encoding="utf-8")
     return statistics
 
 
@@ -106,11 +106,11 @@ def test_speeds_are_medians_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
         speed = len(called) * (10 if method == "full" else 1)
         write_json(run / "run.json", {"examples_per_second": speed, "device": {"name": "cpu", "threads": 2}})
 
-    monkeypatch.setattr(table, "_train", train)
-    monkeypatch.setattr(table, "_train_rows", lambda *given: None)
-    table._time(tmp_path, {"rows": 8, "methods": {"lora": {}, "full": {}}}, tmp_path, tmp_path)
+    monkeypatch.setattr(table_runs, "_train", train)
+    monkeypatch.setattr(table_runs, "_train_rows", lambda *given: None)
+    table_runs.measure_speeds(tmp_path, {"rows": 8, "methods": {"lora": {}, "full": {}}}, tmp_path, tmp_path)
     assert called == ["lora", "full"] * 3
-    assert read_json(tmp_path / table.SPEED)["examples_per_second"] == {"lora": 3, "full": 40}
+    assert read_json(tmp_path / table_runs.SPEED)["examples_per_second"] == {"lora": 3, "full": 40}
     assert "(cpu, threads: 2)" in _speed_words(tmp_path)
 
 

@@ -9,8 +9,9 @@ import pytest
 
 import guest_task
 from rankwise.errors import ConfigError
-from rankwise.evaluation.settings import EvaluateSettings, check_options, make_tasks
+from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks import names
+from rankwise.evaluation.tasks.making import check_options, make_tasks
 
 
 @pytest.fixture(autouse=True)

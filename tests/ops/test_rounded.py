@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankwise.constants import ALIGNED
-from rankwise.ops import kept as module
+from rankwise.ops import rounded as module
 from rankwise.ops.branch import Branch, Frozen
-from rankwise.ops.kept import rounded
+from rankwise.ops.rounded import rounded
 
 
 def branches(*ranks: int, K: int = 6, N: int = 5) -> list[Branch]:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 from rankwise.models.folder import auto_class
 from rankwise.models.load import skeleton_of
 from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.extend import assembled, cut_of, layers_path, traced, with_layers
+from rankwise.planning.extend import cut_of, layers_path, traced, with_layers
+from rankwise.planning.memory import assembled
 from rankwise.planning.trace import Traced
 
 COMMON = {

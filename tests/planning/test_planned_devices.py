@@ -8,7 +8,7 @@ import pytest
 from planning_models import extended, skeleton, trace
 
 from rankwise.planning import Workload, estimate, extend
-from rankwise.planning.extend import Traffic, traffic
+from rankwise.planning.memory import Traffic, traffic
 from tables import long
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "head_dim": 32}

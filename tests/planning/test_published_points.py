@@ -8,7 +8,7 @@ import pytest
 from planning_models import of_config
 
 from rankwise.planning import Workload
-from rankwise.planning.extend import ERROR
+from rankwise.planning.memory import ERROR
 
 LLAMA_65B = {
     "model_type": "llama",

@@ -20,8 +20,9 @@ import rankwise as rw
 from rankwise.methods import METHODS
 from rankwise.models.load import skeleton_of
 from rankwise.planning import MemoryEstimate, Workload, speed
+from rankwise.planning.facts import facts_of
 from rankwise.planning.hardware import choose_hardware
-from rankwise.planning.speed import assumed_pace, device_seconds, facts_of, micro_batch_seconds
+from rankwise.planning.speed import assumed_pace, device_seconds, micro_batch_seconds
 
 TOLERANCE, MEDIAN = 0.20, 0.05
 """Of the quotient QLoRA / LoRA, of every run and in the median of all."""

@@ -12,6 +12,7 @@ import pytest
 from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
 from rankwise.planning import Workload, speed
+from rankwise.planning.facts import facts_of, read_model
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
     AVX_VNNI_SHARE,
@@ -23,7 +24,6 @@ from rankwise.planning.speed import (
     Pace,
     device_seconds,
     expert_bytes,
-    facts_of,
     flops_per_token,
     launch_seconds,
     measured_flops,
@@ -184,6 +184,6 @@ def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
         {"general.architecture": "dbrx", "dbrx.expert_count": 8, "dbrx.expert_used_count": 2, "dbrx.block_count": 1},
         {name: GgufTensor(shape, 0, 0, 0) for name, shape in tensors.items()},
     )
-    monkeypatch.setattr(speed, "read_gguf_header", lambda path: header)
-    facts = speed.read_model(ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")).facts
+    monkeypatch.setattr("rankwise.planning.facts.read_gguf_header", lambda path: header)
+    facts = read_model(ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")).facts
     assert (facts.idle_expert_parameters, facts.vocabulary, facts.head_is_tied) == (64 * 32 * 6, 100, False)

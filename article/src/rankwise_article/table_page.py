@@ -24,8 +24,8 @@ from scipy.stats import norm, t
 from rankwise.foreign import JsonObject, read_json
 from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_scores import METRICS, read_references
-from rankwise_article.table import COUNTS, ROUNDS, SPEED, TEST, TIMED_STEPS, chosen_rate
 from rankwise_article.table_plot import Bar
+from rankwise_article.table_runs import COUNTS, ROUNDS, SPEED, TEST, TIMED_STEPS, chosen_rate
 
 RESAMPLES, LEVEL = 500, 0.975
 # BLEU points (of 100) within which two methods are equivalent, and the fewest seeds of a verdict.

@@ -18,7 +18,8 @@ from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
 from rankwise.evaluation.record import text_sha256
-from rankwise.evaluation.settings import EvaluateSettings, make_task, split_data
+from rankwise.evaluation.settings import EvaluateSettings, split_data
+from rankwise.evaluation.tasks.making import make_task
 from rankwise.evaluation.tasks.rows import LabelAnswers, Perplexity, Preference
 from rankwise.foreign import Fields, Json, JsonObject, read_json
 from rankwise.labels import Labels
@@ -28,7 +29,7 @@ from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
 from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
-from rankwise.planning.speed import read_model
+from rankwise.planning.facts import read_model
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import BEST_FOLDER, RETAINED
 

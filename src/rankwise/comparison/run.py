@@ -54,8 +54,9 @@ from rankwise.models.source import fetch_model, model_hash
 from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.extend import Traces
+from rankwise.planning.facts import read_model
 from rankwise.planning.hardware import cpu_hardware, this_machine
-from rankwise.planning.speed import pace_of, read_model, step_seconds
+from rankwise.planning.speed import pace_of, step_seconds
 from rankwise.planning.workload import planned_methods, workload_of
 from rankwise.records import write_json
 from rankwise.reports.comparison import (

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rankwise.evaluation.record import TaskResult as TaskResult
     from rankwise.evaluation.record import text_sha256 as text_sha256
     from rankwise.evaluation.settings import EvaluateSettings as EvaluateSettings
-    from rankwise.evaluation.settings import harness_task as harness_task
     from rankwise.evaluation.tasks.base import Mean as Mean
     from rankwise.evaluation.tasks.base import Question as Question
     from rankwise.evaluation.tasks.base import Summary as Summary
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Tell as Tell
     from rankwise.evaluation.tasks.base import mean_of as mean_of
     from rankwise.evaluation.tasks.base import write_answers as write_answers
-    from rankwise.evaluation.tasks.names import TaskType as TaskType
+    from rankwise.evaluation.tasks.making import TaskType as TaskType
+    from rankwise.evaluation.tasks.making import harness_task as harness_task
     from rankwise.evaluation.tasks.names import harness_folder as harness_folder
 
 _HOMES = {
@@ -38,10 +38,10 @@ _HOMES = {
     "Summary": "rankwise.evaluation.tasks.base",
     "Task": "rankwise.evaluation.tasks.base",
     "TaskResult": "rankwise.evaluation.record",
-    "TaskType": "rankwise.evaluation.tasks.names",
+    "TaskType": "rankwise.evaluation.tasks.making",
     "Tell": "rankwise.evaluation.tasks.base",
     "harness_folder": "rankwise.evaluation.tasks.names",
-    "harness_task": "rankwise.evaluation.settings",
+    "harness_task": "rankwise.evaluation.tasks.making",
     "mean_of": "rankwise.evaluation.tasks.base",
     "text_sha256": "rankwise.evaluation.record",
     "write_answers": "rankwise.evaluation.tasks.base",

@@ -37,8 +37,9 @@ from rankwise.evaluation.record import (
     read_examples,
     rewrite,
 )
-from rankwise.evaluation.settings import EvaluateSettings, LoadingOptions, make_tasks
+from rankwise.evaluation.settings import EvaluateSettings, LoadingOptions
 from rankwise.evaluation.tasks.base import Task, clusters_of
+from rankwise.evaluation.tasks.making import make_tasks
 from rankwise.foreign import Fields, JsonObject, sha256_of_files
 from rankwise.options import flag
 from rankwise.records import record_of, versions_of, write_json

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rankwise.compat.torch import is_fake
 from rankwise.ops import eight_bit, elementwise, table
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
-from rankwise.ops.kept import Rounded, rounded
+from rankwise.ops.rounded import Rounded, rounded
 
 # Up to this number of float32 rows, PyTorch's small products are faster than the native low-rank addition.
 FEW_ROWS = 16

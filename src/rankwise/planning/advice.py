@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rankwise.foreign import Fields, JsonObject
 from rankwise.methods import METHODS, method_of
 from rankwise.options import ALL_LINEAR
-from rankwise.planning.extend import Estimator, MemoryEstimate
+from rankwise.planning.memory import Estimator, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 from rankwise.serving import refusing, served

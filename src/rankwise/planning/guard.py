@@ -22,17 +22,12 @@ from rankwise.planning.advice import (
     peak_words,
     verdict_of,
 )
-from rankwise.planning.extend import (
-    CPU_LOADED_BYTES,
-    Estimator,
-    MemoryEstimate,
-    Traces,
-    over_file,
-    over_stored,
-)
+from rankwise.planning.extend import Traces
+from rankwise.planning.facts import ModelFacts, read_model
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
+from rankwise.planning.memory import CPU_LOADED_BYTES, Estimator, MemoryEstimate, over_file, over_stored
 from rankwise.planning.real_steps import comparable
-from rankwise.planning.speed import ModelFacts, micro_batch_seconds, nominal_pace, pace_of, read_model
+from rankwise.planning.speed import micro_batch_seconds, nominal_pace, pace_of
 from rankwise.planning.workload import Rows, Workload, of_batch, workload_of
 from rankwise.reports.numbers import byte_size, plural
 

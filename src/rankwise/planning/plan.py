@@ -25,8 +25,10 @@ from rankwise.planning.advice import (
     recommend,
     verdict_of,
 )
-from rankwise.planning.extend import MemoryEstimate, Traces, over_file, over_stored
+from rankwise.planning.extend import Traces
+from rankwise.planning.facts import read_model, source_or_shape
 from rankwise.planning.hardware import Hardware, begin_idle_process, choose_hardware, shared
+from rankwise.planning.memory import MemoryEstimate, over_file, over_stored
 from rankwise.planning.speed import (
     Pace,
     expert_bytes,
@@ -34,8 +36,6 @@ from rankwise.planning.speed import (
     micro_batch_seconds,
     nominal_pace,
     pace_of,
-    read_model,
-    source_or_shape,
     tokens_per_second,
 )
 from rankwise.planning.workload import (

@@ -18,8 +18,9 @@ from collections.abc import Callable
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
-from rankwise.planning.extend import MemoryEstimate, estimate
-from rankwise.planning.speed import read_model
+from rankwise.planning.extend import estimate
+from rankwise.planning.facts import read_model
+from rankwise.planning.memory import MemoryEstimate
 from rankwise.planning.workload import DTYPE_BYTES, MEASURED_OPTIMIZERS, Workload
 from rankwise.reports.numbers import byte_size
 

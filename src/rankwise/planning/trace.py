@@ -32,7 +32,7 @@ from rankwise.objectives import OBJECTIVES
 from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
-from rankwise.ops.kept import copies_of
+from rankwise.ops.rounded import copies_of
 from rankwise.planning.hardware import in_blocks
 from rankwise.planning.step import (
     UNCOUNTED,
