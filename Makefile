@@ -41,9 +41,11 @@ test: check ## every check: style, types, layer directions, tests (6 minutes on 
 test-all: check ## the same with the long forms: whole tables, the C++ library under the sanitizers
 	$(PYTEST) -m "not grid and not families"
 
-check: $(STAMP) ## style, types and layer directions only
+style: $(STAMP) ## style only, in a second; the hook of a commit
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+check: style ## style, types and layer directions only; the hook of a push
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -158,5 +160,5 @@ docs-check: $(STAMP) ## run the commands and the Python of every page, and the n
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
+.PHONY: help setup demo test test-all style check budget format compat families differential grid torture torture-disk \
 	torture-kills browser bench wheels arm article table docs docs-check clean
