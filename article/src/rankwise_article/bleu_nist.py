@@ -20,6 +20,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,11 +94,11 @@ class MtevalStatistics:
         ratio = float(c[0]) / words if words else math.inf
         return float((self._sum(self.information, rows) / np.maximum(c, 1)).sum()) * _length_penalty(ratio)
 
-    def _sum(self, values: NDArray, rows: NDArray[np.int64] | None) -> NDArray:
+    def _sum(self, values: NDArray[Any], rows: NDArray[np.int64] | None) -> NDArray[Any]:
         return (values if rows is None else values[rows]).sum(axis=0)
 
 
-def _smoothed_log_precisions(matches: NDArray, counts: NDArray) -> list[float]:
+def _smoothed_log_precisions(matches: NDArray[Any], counts: NDArray[Any]) -> list[float]:
     """``log(m_n / c_n)``; the k-th order without a match has ``m_n = 2^-k``, and an order without n-grams 0."""
     logs, smooth = [], 1
     for m, c in zip(matches.tolist(), counts.tolist()):
@@ -146,7 +147,7 @@ def ngram_information(texts: Iterable[Words]) -> dict[tuple[str, ...], float]:
     }
 
 
-def _example(words: Words, group: Sequence[Words], information: dict[tuple[str, ...], float]) -> tuple:
+def _example(words: Words, group: Sequence[Words], information: dict[tuple[str, ...], float]) -> tuple[Any, ...]:
     """One row of every field of MtevalStatistics."""
     most: Counter[tuple[str, ...]] = Counter()
     for reference in group:

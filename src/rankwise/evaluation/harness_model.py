@@ -25,7 +25,7 @@ NEW_TOKENS = 256
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class EngineLM(TemplateLM):
+class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-evaluation-harness has no types
     """``responses`` keeps every answer on disk, so that a request is computed once."""
 
     def __init__(self, engine: Engine, responses: Responses, tell: Tell) -> None:

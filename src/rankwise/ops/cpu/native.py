@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -224,7 +225,7 @@ class NativeWeight:
 
 
 @cache
-def tables(quant_type: str) -> tuple[ctypes.Array, ctypes.Array, ctypes.Array]:
+def tables(quant_type: str) -> tuple[ctypes.Array[Any], ctypes.Array[Any], ctypes.Array[Any]]:
     """16 values, 15 bounds between them in ascending order, and the 16 codes in that order."""
     table = code_table(quant_type)
     return (ctypes.c_float * 16)(*table.value), (ctypes.c_float * 15)(*table.bound), (ctypes.c_uint8 * 16)(*table.order)
