@@ -16,8 +16,8 @@ from rankwise.config import TrainSettings, default_rate
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
-from rankwise.training import learning
-from rankwise.training.learning import kept_apart, rounds
+from rankwise.training import rate_search
+from rankwise.training.rate_search import kept_apart, rounds
 from rankwise.training.run import train
 from rankwise.training.setup import Data
 from tiny_models import tiny_llama
@@ -112,7 +112,7 @@ def test_a_rate_whose_last_update_diverges_is_left_out(settings: Any) -> None:
 def test_a_search_that_was_stopped_continues(
     change: dict[str, Any], taken: int, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, runs, judge = settings(**SHORT), [], learning._loss_after
+    given, runs, judge = settings(**SHORT), [], rate_search.loss_after
     straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
 
     def counted(loop: Any, rows: Any) -> float | None:
@@ -121,7 +121,7 @@ def test_a_search_that_was_stopped_continues(
             raise KeyboardInterrupt
         return judge(loop, rows)
 
-    monkeypatch.setattr(learning, "_loss_after", counted)
+    monkeypatch.setattr(rate_search, "loss_after", counted)
     with pytest.raises(KeyboardInterrupt):
         train(given)
     assert [path.name for path in tmp_path.glob("*run*")] == [".run.rankwise-search"]

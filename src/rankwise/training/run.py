@@ -48,14 +48,7 @@ from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writabl
 from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.batches import own_parts, token_rows
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
-from rankwise.training.learning import (
-    LEARNING,
-    make_loop,
-    paced,
-    rate_before,
-    rates_to_try,
-    search,
-)
+from rankwise.training.learning import LEARNING, make_loop, paced
 from rankwise.training.loop import PROGRESS_FILE, Loop, coming_batches
 from rankwise.training.optimizers import (
     check_memory_savers,
@@ -66,6 +59,7 @@ from rankwise.training.optimizers import (
 )
 from rankwise.training.parts import Base, Given, Learned, Pace, Reading, Updates, learned_of, part_of
 from rankwise.training.products import affordable_rows, judge, kept_file, pairs_in_eight_bits, taken
+from rankwise.training.rate_search import rate_before, rates_to_try, search
 from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens

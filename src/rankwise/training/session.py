@@ -42,10 +42,10 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     temporary_folder,
 )
-from rankwise.training.learning import search_file
 from rankwise.training.loop import Loop, coming_batches
 from rankwise.training.objectives import Preferences
 from rankwise.training.ranks import Interrupt, interrupts
+from rankwise.training.rate_search import search_file
 from rankwise.training.reference import FILE as REFERENCE_FILE
 from rankwise.training.reference import Reference, read_values, write_values
 from rankwise.training.step import mixed
