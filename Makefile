@@ -58,7 +58,7 @@ format: $(STAMP) ## fix style where a tool can
 
 # Canaries of what is private to others, and properties that rest on them.
 COMPAT_TESTS := tests/compat tests/adapters/test_properties.py tests/adapters/test_dora_norms.py tests/adapters/test_saving.py \
-	tests/quantization/test_loading.py tests/quantization/test_linear4bit.py tests/ops/test_operators.py \
+	tests/quantization/test_transformers_plugin.py tests/quantization/test_linear.py tests/ops/test_operators.py \
 	tests/acceleration/test_checkpointing.py tests/training/test_loop.py tests/training/test_grpo.py tests/training/test_checkpoints.py
 COMPAT_LIBRARIES := torch|transformers|datasets
 

@@ -12,7 +12,7 @@ SYSTEM=$HERE/system SITE=$HERE/site
 TESTS=(
     tests/ops/test_operators.py tests/ops/test_native.py tests/ops/test_elementwise_native.py tests/ops/test_row_cross.py
     tests/ops/test_gguf_blocks.py tests/ops/test_low_rank_linear.py
-    tests/quantization/test_quantize.py tests/quantization/test_dequantize.py tests/quantization/test_linear4bit.py
+    tests/quantization/test_quantize.py tests/quantization/test_dequantize.py tests/quantization/test_linear.py
     tests/adapters/test_properties.py tests/training/test_resume.py tests/export/test_merged.py tests/export/test_portable.py
 )
 
