@@ -108,5 +108,5 @@ def test_a_wheel_is_refused_for_each_fault(fault: str | None, wheels: Any, tmp_p
 @pytest.mark.skipif(sys.platform != "linux" or native.obstacle() is not None, reason="needs the library of Linux")
 def test_what_the_built_library_exports_is_its_header(wheels: Any) -> None:
     pytest.importorskip("lief", reason="comes with `make wheels`")
-    problems = " ".join(wheels.check_library(native._library_path().read_bytes(), "manylinux_2_28_x86_64"))
+    problems = " ".join(wheels.check_library(native.library_path().read_bytes(), "manylinux_2_28_x86_64"))
     assert "exports" not in problems

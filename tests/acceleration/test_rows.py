@@ -81,7 +81,7 @@ def test_a_card_gets_bounds_in_its_flash_attention(name: str, monkeypatch: pytes
     model = family(name).eval()
     assert ours(model)
     called = []
-    monkeypatch.setattr(attention, "_takes_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: True)
     monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **kw: called.append(kw) or by_segments(*args, **kw))
     assert torch.allclose(model(**given).logits, wanted, atol=1e-5)
     assert len(called) == 2
@@ -194,7 +194,7 @@ def test_a_padded_batch_on_a_card_is_rows_of_one_length(
     model = family(name).eval()
     assert ours(model)
     monkeypatch.setattr(attention, "is_on_card", lambda _: True)
-    monkeypatch.setattr(attention, "_takes_flash", lambda *_: flash)
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: flash)
     monkeypatch.setattr(varlen, "varlen_attn", by_segments)
     with attention.noting() as calls:
         found = model(input_ids=ids, attention_mask=mask).logits

@@ -108,7 +108,7 @@ class PastTheVersions(torch.optim.Optimizer):
 
 def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monkeypatch):
     """Where no copies are compared, as on a card, the optimizers' hook alone tells of the step."""
-    monkeypatch.setattr("rankwise.ops.kept._comparable", lambda tensor: False)
+    monkeypatch.setattr("rankwise.ops.kept.is_comparable", lambda tensor: False)
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
     before = logits(model)
@@ -122,7 +122,7 @@ def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monke
 def test_the_gain_that_a_card_computes_at_once_is_renewed_by_every_write(monkeypatch):
     """There it is kept without norms, and without copies to compare."""
     monkeypatch.setattr("rankwise.adapters.lora.takes_triton", lambda tensor: True)
-    monkeypatch.setattr("rankwise.ops.kept._comparable", lambda tensor: False)
+    monkeypatch.setattr("rankwise.ops.kept.is_comparable", lambda tensor: False)
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
     before = logits(model)

@@ -61,7 +61,7 @@ def test_a_library_out_of_range_is_a_problem_and_a_missing_extra_is_none(rankwis
 
 
 def test_without_the_native_library_it_says_what_runs_and_how_to_get_it(rankwise, monkeypatch):
-    monkeypatch.setattr(native, "_library_path", lambda: None)
+    monkeypatch.setattr(native, "library_path", lambda: None)
     done = rankwise("doctor", "--json")
     assert done.code == 0
     assert done.document["kernels"]["cpu"] == "plain PyTorch"

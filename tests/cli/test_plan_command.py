@@ -128,7 +128,7 @@ def test_a_mac_is_planned_with_no_optimizer_that_train_refuses_there(plan, optim
 
 
 def test_a_check_that_cannot_fit_is_not_begun(plan, monkeypatch):
-    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: False)
     monkeypatch.setattr(
         "rankwise.planning.real_steps.measure", lambda *order, **more: pytest.fail("started all the same")
     )
@@ -354,7 +354,7 @@ def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
 
 
 def test_a_check_that_fails_leaves_the_files(plan, monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: False)
     refused = ConfigError("RW133", "no answer.")
     monkeypatch.setattr("rankwise.planning.real_steps.measure", lambda *order, **more: (_ for _ in ()).throw(refused))
     saved = tmp_path / "plan.yaml"

@@ -431,7 +431,7 @@ def test_a_time_that_was_too_short_goes_on_as_if_it_had_been_long(tmp_path: Path
     whole: Any = compare(**timed(tmp_path, "whole"))
     heard = Heard()
     with monkeypatch.context() as patch:
-        patch.setattr(Rounds, "_fits", lambda self, job: len(list(self.plan.output.glob("runs/*"))) < 4)
+        patch.setattr(Rounds, "fits_in_time", lambda self, job: len(list(self.plan.output.glob("runs/*"))) < 4)
         compare(watcher=heard, **timed(tmp_path))
     assert re.search("Stopped: the time is over.* as much time, holds about .* runs, up to .* seeds", heard.lines[-1])
     again: Any = compare(**timed(tmp_path))
@@ -477,7 +477,7 @@ def test_a_rate_beyond_an_edge_that_does_not_fit_leaves_the_method_untuned(
     LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "base")
     options = timed(tmp_path, methods="lora", learning_rates=None, model=str(tmp_path / "base"))
     with monkeypatch.context() as patch:
-        patch.setattr(Rounds, "_fits", lambda self, job: job.cell.learning_rate is None)
+        patch.setattr(Rounds, "fits_in_time", lambda self, job: job.cell.learning_rate is None)
         found: Any = compare(**options)
     assert (found["methods"]["lora"]["seeds"], found["methods"]["lora"]["learning_rate_at_edge"]) == (1, True)
     assert len(found["runs"]) == 1

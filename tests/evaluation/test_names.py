@@ -17,7 +17,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     (folder / "medtext.yaml").write_text("task: medtext_perplexity\ntag: medical\n", encoding="utf-8")
     (folder / "_group.yaml").write_text("group: 'mmlu'\ntask:\n  - mmlu_anatomy\n", encoding="utf-8")
-    monkeypatch.setattr(names, "_installed_harness", lambda: tmp_path)
+    monkeypatch.setattr(names, "installed_harness", lambda: tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_what_stands_in_a_file_is_left_to_the_harness(harness: None):
 
 
 def test_without_the_harness_a_slip_of_ours_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(names, "_installed_harness", lambda: None)
+    monkeypatch.setattr(names, "installed_harness", lambda: None)
     with pytest.raises(ConfigError, match=r"RW154.*did you mean gsm8k\?"):
         names.check_tasks(["gsm8"])
     with pytest.raises(ConfigError, match="RW153.*pip install lm-eval"):

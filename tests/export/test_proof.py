@@ -92,7 +92,7 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
             "adapted": {"texts": texts, "logprobs": adapted},
         }
 
-    monkeypatch.setattr("rankwise.export.proof._ask", ask)
+    monkeypatch.setattr("rankwise.export.proof.ask_server", ask)
     base, wrong = base_gguf(tmp_path, kind), tmp_path / "wrong.gguf"
     rounded = partial(round_as_served, model=load(tmp_path / "base"), files=base)
     proof = prove("llama.cpp", "", model, Served(base), PROMPTS, rounded)
@@ -126,7 +126,7 @@ def test_a_head_of_labels_is_proven_by_its_logits(tmp_path, monkeypatch, problem
         answered = {"texts": [], "logprobs": _scored(server, PROMPTS, []).logprobs}
         return {"version": "a server", "base": answered, "adapted": answered}
 
-    monkeypatch.setattr("rankwise.export.proof._ask", ask)
+    monkeypatch.setattr("rankwise.export.proof.ask_server", ask)
     rounded = partial(round_as_served, model=load(), files=tmp_path / "base")
     proof = prove("vllm", "", load(), Served(tmp_path / "base"), PROMPTS, rounded)
     counted = "numbers" if problem == NUMBER else "logits"

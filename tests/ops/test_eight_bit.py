@@ -244,7 +244,7 @@ def test_eight_bits_are_taken_where_they_pay(level: str | None, part: float, mon
     """In rows of float32 and bfloat16. AVX2's integers pay on some processors, so they are measured."""
     if level is None:
         pytest.skip("no native library")
-    monkeypatch.setattr(products, "_time_of_integers", lambda dtype, level: part)
+    monkeypatch.setattr(products, "seconds_of_integers", lambda dtype, level: part)
     known = {"portable": (0, 0), "avx_vnni": (1, 1), "avx512_bf16": (0, 1), "amx": (0, 0)}
     found = eight_bit_pays(torch.ones(1)), eight_bit_pays(torch.ones(1).bfloat16())
     assert found == known.get(level, (part < 0.7, part < 0.7))
@@ -255,6 +255,6 @@ def test_the_time_of_integers_is_measured_in_a_plan_too(avx2: None, monkeypatch:
     threads, add, fakes = torch.get_num_threads(), products.add_products, []
     monkeypatch.setattr(products, "add_products", lambda terms, out: fakes.append(is_fake(add(terms, out))))
     with FakeTensorMode():
-        assert 0.1 < products._time_of_integers.__wrapped__(torch.float32, "avx2") < 5
+        assert 0.1 < products.seconds_of_integers.__wrapped__(torch.float32, "avx2") < 5
     assert set(fakes) == {False}
     assert torch.get_num_threads() == threads

@@ -244,7 +244,7 @@ class TestChoice:
             ops.implementation(torch.empty(1))
 
     def test_a_missing_library_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: None)
+        monkeypatch.setattr("rankwise.ops.cpu.native.library_path", lambda: None)
         ops.set_implementation("auto")
         with pytest.warns(RankwiseWarning, match="RW608.*plain PyTorch.*compiler"):
             ops.quantize_4bit(torch.randn(4, 64))
@@ -255,7 +255,7 @@ class TestChoice:
         assert ops.implementation(torch.empty(1)) == "reference"
 
     def test_a_forced_one_is_not_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: None)
+        monkeypatch.setattr("rankwise.ops.cpu.native.library_path", lambda: None)
         ops.set_implementation("native")
         with pytest.raises(QuantizationError, match="RW607.*'native' was forced"):
             ops.quantize_4bit(torch.randn(4, 64))
@@ -263,7 +263,7 @@ class TestChoice:
     def test_a_library_that_does_not_load(self, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         broken = tmp_path / "_native.so"
         broken.write_bytes(b"not a library")
-        monkeypatch.setattr("rankwise.ops.cpu.native._library_path", lambda: broken)
+        monkeypatch.setattr("rankwise.ops.cpu.native.library_path", lambda: broken)
         ops.set_implementation("native")
         with pytest.raises(QuantizationError, match="RW607.*does not load"):
             ops.quantize_4bit(torch.randn(4, 64))

@@ -126,7 +126,7 @@ def test_a_card_without_bfloat16_trains_in_float16():
 
 
 def test_by_default_this_machine(monkeypatch):
-    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: False)
     found = choose_hardware(None, None)
     assert (found.kind, found.device_type) == ("machine", "cpu")
     assert 0 < found.memory_bytes <= psutil.virtual_memory().total
@@ -134,7 +134,7 @@ def test_by_default_this_machine(monkeypatch):
 
 
 def test_a_plan_counts_an_apple_gpu_only_where_a_run_would_take_it(monkeypatch):
-    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10**9)
@@ -160,7 +160,7 @@ V1, V2 = hardware.V1, hardware.V2
 def test_memory_limits_of_containers_and_jobs_count(monkeypatch, tmp_path, version, own, groups, left):
     """Of each group: its limit, what it uses, and what of this the kernel frees first."""
     monkeypatch.setattr(hardware, "ROOT", tmp_path)
-    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: False)
     monkeypatch.setattr(hardware, "own_bytes", lambda: 0)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(own + "\n")

@@ -77,7 +77,7 @@ def test_each_answer_is_computed_once_and_losses_stay(
     second = preferring(objective, output=tmp_path / "second", seed=8)
     train(second)
     assert not computed
-    monkeypatch.setattr(Session, "_keep_reference", lambda *_: True)
+    monkeypatch.setattr(Session, "keep_reference", lambda *_: True)
     each = preferring(objective, output=tmp_path / "each")
     train(each)
     # Evaluations, of which each epoch has some, computed theirs too.

@@ -189,7 +189,7 @@ def attention(
     covered = not special and not is_on_card(q) and kernel.obstacle(q, k, v, scale=scaling) is None
     if isinstance(keys, RowBounds):
         B, L = q.shape[:2]
-        if not special and _takes_flash(q, k, v):
+        if not special and takes_flash(q, k, v):
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             longest = L if B > 1 else kwargs.get("max_length_q", L)
             return _flash(q, k, v, keys.cumulative, longest, scaling, window).unflatten(0, (B, L)), None
@@ -209,7 +209,7 @@ def attention(
     return kernel.attention(q, k, v, *ranges, scale=scaling), None
 
 
-def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
 
 

@@ -66,7 +66,7 @@ class Rounds:
             return jobs_to_do(self.plan)
         while not (jobs := jobs_to_do(self.plan)) and self._has_grown():
             pass
-        fitting = [job for job in jobs if job.stage == "measure" or self._fits(job)]
+        fitting = [job for job in jobs if job.stage == "measure" or self.fits_in_time(job)]
         if jobs and not fitting and not self.plan.over:
             self.why, self.plan = OVER, dataclasses.replace(self.plan, over=True)
             # The best run of a method that has not tried a rate beyond its edge is to be measured.
@@ -92,7 +92,7 @@ class Rounds:
         except LookupError:
             return None
 
-    def _fits(self, job: Job) -> bool:
+    def fits_in_time(self, job: Job) -> bool:
         assert job.cell is not None
         return time.monotonic() + self.seconds_of(job.cell) < self.ends
 

@@ -184,7 +184,7 @@ def prove(
     rounding, noise, is_known = _difference(foreseen, ours), _difference(foreseen, exact), rounded.is_known
     # The server needs its memory.
     del rounded
-    told = _ask(target, python, served, prompts, texts, labels)
+    told = ask_server(target, python, served, prompts, texts, labels)
     base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))
     if labels is not None:
         # The base has no head: its logits are 0.
@@ -251,7 +251,7 @@ def _logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> l
     return [float(row[token]) for row, token in zip(scores, answer)]
 
 
-def _ask(
+def ask_server(
     target: str,
     python: str,
     served: Served,

@@ -52,13 +52,13 @@ class Kept:
         """The value, or None if it is out of date or was never set."""
         if self._value is None or not _trackable(trained) or self._key != _key(trained, frozen):
             return None
-        same = all(torch.equal(copy, tensor) for copy, tensor in zip(self._copies, filter(_comparable, trained)))
+        same = all(torch.equal(copy, tensor) for copy, tensor in zip(self._copies, filter(is_comparable, trained)))
         return self._value if same else None
 
     def keep(self, trained: tuple[Tensor, ...], frozen: Key, value: Tensor) -> Tensor:
         if _trackable((*trained, value)):
             self._key, self._value = _key(trained, frozen), value
-            self._copies = [tensor.detach().clone() for tensor in trained if _comparable(tensor)]
+            self._copies = [tensor.detach().clone() for tensor in trained if is_comparable(tensor)]
         return value
 
     def tensors(self) -> list[Tensor]:
@@ -90,7 +90,7 @@ def _trackable(tensors: tuple[Tensor, ...]) -> bool:
     return not is_traced() and not any(tensor.is_inference() for tensor in tensors)
 
 
-def _comparable(tensor: Tensor) -> bool:
+def is_comparable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not is_fake(tensor)
 
 

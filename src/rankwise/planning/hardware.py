@@ -171,14 +171,14 @@ def of_card(card: Card) -> Hardware:
 
 def this_machine(device: str = "auto") -> Hardware:
     """The CUDA card on which torch would train, Apple's GPU for ``device`` mps, else the CPU; with its free memory."""
-    if device == "mps" or _may_have_gpu():
+    if device == "mps" or may_have_gpu():
         found = _torch_device(device)
         if found is not None:
             return found
     return cpu_hardware()
 
 
-def _may_have_gpu() -> bool:
+def may_have_gpu() -> bool:
     """Whether a driver suggests a GPU, so that importing torch is worth the seconds."""
     driver = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg"))
     return driver or shutil.which("nvidia-smi") is not None

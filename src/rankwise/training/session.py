@@ -248,7 +248,7 @@ class Session:
                 tokenizer=self.tokenizer,
             )
             try:
-                if self._keep_reference(watch.pause):
+                if self.keep_reference(watch.pause):
                     loop.fit(watch, self.checkpoint)
             except BaseException:
                 # If another process ended, the launcher's signal is on its way, and must not hide this error.
@@ -272,7 +272,7 @@ class Session:
             f"train --resume --output {self.folder}`, in Python with resume=True.",
         )
 
-    def _keep_reference(self, pause: Callable[[], None]) -> bool:
+    def keep_reference(self, pause: Callable[[], None]) -> bool:
         """Compute what is not known of the reference. Returns False if the user asked to stop."""
         loop, objective, kept = self.loop, self.loop.objective, self.reference
         if kept is None or self.shared is None:

@@ -29,13 +29,13 @@ NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILIN
 
 def harness_folder() -> Path:
     """The folder of the installed lm-evaluation-harness, which is not imported. Raises ConfigError (RW153)."""
-    found = _installed_harness()
+    found = installed_harness()
     if found is None:
         raise ConfigError("RW153", f"this task needs lm-evaluation-harness, which is not installed; run `{INSTALL}`.")
     return found
 
 
-def _installed_harness() -> Path | None:
+def installed_harness() -> Path | None:
     spec = importlib.util.find_spec("lm_eval")
     return next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
 
@@ -61,7 +61,7 @@ def check_tasks(names: Iterable[str]) -> None:
 
 
 def _check_foreign(name: str) -> None:
-    folder = _installed_harness()
+    folder = installed_harness()
     if folder is None:
         if close_tasks(name, ()):
             raise unknown_task(name, ())
@@ -83,7 +83,7 @@ def retained_from(source: str | None) -> tuple[str | None, str | None]:
     if source is None or Path(source).expanduser().exists() or not re.fullmatch(r"[\w.:-]+", name):
         return None, source
     if name not in COMMONSENSE:
-        folder = _installed_harness()
+        folder = installed_harness()
         files = () if folder is None else (folder / "tasks").rglob("*.yaml")
         texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
         if not any(name in NAMED.findall(text) for text in texts if name in text):

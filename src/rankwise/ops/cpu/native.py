@@ -57,7 +57,7 @@ class Weight(ctypes.Structure):
 
 def obstacle() -> str | None:
     """Why the library cannot run and what to do, or None if it can."""
-    path = _library_path()
+    path = library_path()
     if path is None:
         return f"the native library was not built when rankwise was installed. To get it, {_HOW_TO_BUILD}"
     try:
@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL:
     Raises:
         QuantizationError: RW607, no such level, or this CPU lacks it.
     """
-    path = _library_path()
+    path = library_path()
     if path is None:
         raise QuantizationError("RW607", f"the native library is missing. To get it, {_HOW_TO_BUILD}")
     loaded = ctypes.CDLL(str(path))
@@ -118,7 +118,7 @@ def _set_level(loaded: ctypes.CDLL, name: str | None) -> None:
     loaded.rw_set_level(LEVELS.index(usable[-1] if name is None else name))
 
 
-def _library_path() -> Path | None:
+def library_path() -> Path | None:
     return next((path for path in sorted(Path(__file__).parent.glob("_native*")) if path.suffix in _SUFFIXES), None)
 
 

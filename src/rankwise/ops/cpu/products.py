@@ -107,12 +107,12 @@ def bytes_pay(dtype: torch.dtype) -> bool:
     """
     if not take(dtype) or level() == "amx":
         return False
-    return level() in ("avx_vnni", "avx512_bf16") or _time_of_integers(dtype, level()) <= _MOST_TIME_OF_INTEGERS
+    return level() in ("avx_vnni", "avx512_bf16") or seconds_of_integers(dtype, level()) <= _MOST_TIME_OF_INTEGERS
 
 
 @functools.cache
 @plain_tensors()
-def _time_of_integers(dtype: torch.dtype, level: str) -> float:
+def seconds_of_integers(dtype: torch.dtype, level: str) -> float:
     """The time of a small product of integers, as a part of that of the same product in ``dtype``. On one thread, by
     its clock: beside other programs, several wait for each other. A plan asks too, where tensors would be fake."""
     x, W, out = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
