@@ -511,7 +511,6 @@ LABELLED = (
         columns=("text",),
         fields=_labelled,
         uses_template=False,
-        separator="",
         optional=("text_pair",),
         marks=("label",),
     ),
@@ -524,7 +523,6 @@ UNANSWERED = (
         columns=("text",),
         fields=_perhaps_labelled,
         uses_template=False,
-        separator="",
         optional=("text_pair", "label"),
     ),
 )

@@ -159,7 +159,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     revision: str | None = None
     # Whether weights on a CPU are mapped from files.
-    mapped: bool = True
+    mmap: bool = True
     # Whether the model answers with labels, or else writes text.
     labels: bool = False
     # Whether a single adapter may be of another distribution's method.
@@ -190,8 +190,8 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         device=str(choice.device),
         quantization=_quantization(options, adapters, is_file=source.kind == "gguf"),
         trust_remote_code=options.trust_remote_code,
-        cache=user_cache(str(choice.device), mapped=options.mapped),
-        mapped=options.mapped,
+        cache=user_cache(str(choice.device), mapped=options.mmap),
+        mapped=options.mmap,
     )
     if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
         # The files themselves hold 4-bit weights.

@@ -385,13 +385,4 @@ def _base(adapters: Sequence[Path]) -> str:
 
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
-    return LoadOptions(
-        dtype=given.dtype,
-        quantization=given.quantization,
-        base_bits=given.base_bits,
-        device=given.device,
-        trust_remote_code=given.trust_remote_code,
-        revision=given.revision,
-        mapped=given.mmap,
-        guest=True,
-    )
+    return LoadOptions(**given.model_dump(include=LoadingOptions.model_fields.keys()), guest=True)

@@ -50,10 +50,10 @@ class Hardware:
     device_type: DeviceType
     memory_bytes: int
     # None where unknown, which counts as True.
-    has_bfloat16: bool | None
-    bytes_per_second: float | None
+    has_bfloat16: bool | None = None
+    bytes_per_second: float | None = None
     # Dense 16-bit peak.
-    flops_per_second: float | None
+    flops_per_second: float | None = None
     source: str
     # A remark on the memory.
     note: str | None = None
@@ -198,8 +198,6 @@ def _torch_device(device: str) -> Hardware | None:
             device_type="mps",
             memory_bytes=size,
             has_bfloat16=True,
-            bytes_per_second=None,
-            flops_per_second=None,
             source="torch.mps",
             note=note,
         )
@@ -217,16 +215,7 @@ def _cuda_device() -> Hardware:
         # Where two cards have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
-        known = Hardware(
-            kind="machine",
-            name=name,
-            device_type="cuda",
-            memory_bytes=total,
-            has_bfloat16=None,
-            bytes_per_second=None,
-            flops_per_second=None,
-            source="torch.cuda",
-        )
+        known = Hardware(kind="machine", name=name, device_type="cuda", memory_bytes=total, source="torch.cuda")
     return dataclasses.replace(
         known,
         kind="machine",

@@ -166,8 +166,7 @@ def load_speaker(
     from rankwise.data import read_template
     from rankwise.evaluation.engine import Loaded, LoadOptions, load_as_trained, template_of
 
-    loading = settings.model_dump(include=LoadingOptions.model_fields.keys() - {"mmap"})
-    options = LoadOptions(**loading, mapped=settings.mmap)
+    options = LoadOptions(**settings.model_dump(include=LoadingOptions.model_fields.keys()))
     adapters = () if settings.adapter is None else (settings.adapter,)
     if given is None:
         loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
