@@ -26,10 +26,11 @@ $(STAMP): $(VENV)/.installed article/pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --editable ./article
 	@touch $@
 
-demo: $(VENV)/.installed ## plan and compare four methods on a small chat model, in minutes
+demo: $(VENV)/.installed ## plan four methods on a small chat model, train one, and measure what it learned (2 minutes)
 	$(BIN)/rankwise plan --model demo --method lora,qlora,dora,qdora --max-length 160
-	$(BIN)/rankwise compare --model demo --data stdlib --methods lora,qlora,dora,qdora --seeds 1 --max-length 160 \
-		--max-steps 12 --eval-steps 12 --eval-limit 24 --output runs/demo-comparison
+	$(BIN)/rankwise train --model demo --data stdlib --max-length 160 --max-steps 12 --output runs/demo --overwrite
+	$(BIN)/rankwise evaluate --adapter runs/demo --base --task perplexity --data stdlib --limit 48 \
+		--output runs/demo-evaluation --overwrite
 
 # Two tests at a time or more, each on one thread: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
