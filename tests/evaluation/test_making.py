@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 import guest_task
 from rankwise.errors import ConfigError
-from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.engine import LoadOptions
+from rankwise.evaluation.settings import EvaluateSettings, LoadingOptions
 from rankwise.evaluation.tasks import names
 from rankwise.evaluation.tasks.making import check_options, make_tasks
 
@@ -73,3 +75,19 @@ def test_the_articles_tasks_are_told_by_the_command_that_installs_them():
 def test_data_of_one_task_stand_beside_data_for_all():
     given = settings("e2e,gsm8k", data=["e2e=a.csv", "b=c.jsonl"])
     assert (given.data_of("e2e"), given.data_of("gsm8k")) == ("a.csv", "b=c.jsonl")
+
+
+def test_each_option_of_loading_is_one_of_the_loader() -> None:
+    """evaluate, generate and predict pass them on by name."""
+    given = {
+        "dtype": "float32",
+        "quantization": "nf4",
+        "base_bits": "16",
+        "device": "cpu",
+        "mmap": False,
+        "revision": "a",
+    }
+    options = settings("mmlu", trust_remote_code=True, **given).model_dump(include={*LoadingOptions.model_fields})
+    loading = dataclasses.asdict(LoadOptions(**options))
+    assert {name: loading[name] for name in options} == options
+    assert all(options[name] != usual for name, usual in LoadingOptions.defaults().items())

@@ -31,7 +31,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
 
     adapters = [] if settings.adapter is None else [settings.adapter]
     rows = read_rows(settings.data, split="test", skip_bad_rows=settings.skip_bad_rows, formats=UNANSWERED)
-    given = settings.model_dump(include=LoadingOptions.model_fields.keys())
+    given = settings.model_dump(include={*LoadingOptions.model_fields})
     options, named = LoadOptions(**given, labels=True), settings.model is not None
     with output.waiting("loading the model"):
         loaded = load_as_trained(settings.model or base_of(adapters), adapters, options, named=named)

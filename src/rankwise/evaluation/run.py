@@ -385,4 +385,4 @@ def _base(adapters: Sequence[Path]) -> str:
 
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
-    return LoadOptions(**given.model_dump(include=LoadingOptions.model_fields.keys()), guest=True)
+    return LoadOptions(**given.model_dump(include={*LoadingOptions.model_fields}), guest=True)

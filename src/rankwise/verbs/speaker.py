@@ -166,7 +166,7 @@ def load_speaker(
     from rankwise.data import read_template
     from rankwise.evaluation.engine import Loaded, LoadOptions, load_as_trained, template_of
 
-    options = LoadOptions(**settings.model_dump(include=LoadingOptions.model_fields.keys()))
+    options = LoadOptions(**settings.model_dump(include={*LoadingOptions.model_fields}))
     adapters = () if settings.adapter is None else (settings.adapter,)
     if given is None:
         loaded = load_as_trained(name, adapters, options, named=settings.model is not None)

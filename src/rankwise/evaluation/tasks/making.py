@@ -13,7 +13,7 @@ import pydantic
 
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
-from rankwise.evaluation.tasks.names import check_tasks, entries
+from rankwise.evaluation.tasks import names
 from rankwise.foreign import deepest_faults, fault
 from rankwise.options import Settings, flag
 
@@ -39,7 +39,7 @@ class TaskType:
 
 
 def task_type(name: str) -> TaskType | None:
-    return entries()[name].load() if name in entries() else None
+    return names.entries()[name].load() if name in names.entries() else None
 
 
 def make_tasks(settings: EvaluateSettings, rows: Any = None) -> list[Task]:
@@ -92,7 +92,7 @@ def make_task(name: str, settings: EvaluateSettings) -> Task:
         if kind.data is not None and data is None:
             raise ConfigError("RW150", f"--task {name} needs data; give --data F with {kind.data}.")
         return kind.make(name, settings, own_options(kind, settings))
-    check_tasks([name])
+    names.check_tasks([name])
     return harness_task(name, settings, data)
 
 
