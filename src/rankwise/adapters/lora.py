@@ -400,7 +400,10 @@ class EmbeddingLora(nn.Module):
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         """A = 0 and B ~ N(0, 1), as loralib and PEFT initialise an embedding; both random without ``zero_b``."""
-        nn.init.zeros_(self.lora_A) if zero_b else nn.init.normal_(self.lora_A)
+        if zero_b:
+            nn.init.zeros_(self.lora_A)
+        else:
+            nn.init.normal_(self.lora_A)
         nn.init.normal_(self.lora_B)
         if self.magnitude is not None:
             with torch.no_grad():
