@@ -187,7 +187,7 @@ def encode_by(
         if table.add(item, stop_ids):
             kept.append(row)
     tokens = len(table.ids)
-    report = table.counts.report(name, encoder.template, rows, problems, skip_bad_rows, len(kept), tokens)
+    report = table.counts.report(name, encoder.template, rows, problems, skip_bad_rows, kept=len(kept), tokens=tokens)
     complain(report, rows, max_length)
     return Encoded(table.dataset(), report), kept
 
@@ -224,7 +224,15 @@ class Counts:
         self.trained = self.truncated = self.dropped = self.stopped = 0
 
     def report(
-        self, name: str, template: str, rows: Rows, problems: list[Problem], allowed: int | None, kept: int, tokens: int
+        self,
+        name: str,
+        template: str,
+        rows: Rows,
+        problems: list[Problem],
+        allowed: int | None,
+        *,
+        kept: int,
+        tokens: int,
     ) -> EncodingReport:
         """``kept`` rows of ``tokens`` are in the data set. Raises or warns of ``problems``, as `check_bad_rows`."""
         check_bad_rows(problems, len(rows), allowed=allowed, before=len(rows.problems))

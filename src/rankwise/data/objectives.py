@@ -79,7 +79,7 @@ def encode_preferences(
         stop_ids = stop_ids or encoder.stop_ids()
         table.add([item for item in encoded if isinstance(item, EncodedRow)], row.label, stop_ids)
     kept = len(table.labels)
-    report = table.counts.report(name, encoder.template, rows, problems, skip_bad_rows, kept, table.tokens)
+    report = table.counts.report(name, encoder.template, rows, problems, skip_bad_rows, kept=kept, tokens=table.tokens)
     complain(report, rows, max_length)
     if not table.paired and name == "train":
         _complain_of_labels(table.labels, rows.source)
@@ -440,7 +440,7 @@ def encode_prompts(
         else:
             kept.append({"input_ids": ids, "asked": _asked(row, names)})
             tokens += len(ids)
-    report = counts.report(name, encoder.template, rows, problems, skip_bad_rows, len(kept), tokens)
+    report = counts.report(name, encoder.template, rows, problems, skip_bad_rows, kept=len(kept), tokens=tokens)
     _tell_of_long(rows, len(counts.lengths), len(kept), max_length, room)
     return Encoded(Dataset.from_list(kept), report)
 
@@ -616,7 +616,7 @@ def encode_labelled(
         counts.lengths.append(length)
     counts.trained, counts.truncated = len(columns), sum(length > max_length for length in counts.lengths)
     tokens, template = sum(len(row["input_ids"]) for row in columns), "no template: the text as it is"
-    report = counts.report(name, template, rows, problems, skip_bad_rows, len(columns), tokens)
+    report = counts.report(name, template, rows, problems, skip_bad_rows, kept=len(columns), tokens=tokens)
     if counts.truncated:
         warn(
             "RW215",

@@ -82,18 +82,18 @@ def verdict_of(estimate: MemoryEstimate, memory_bytes: int, mapped_bytes: int = 
 
 def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
     """The largest micro-batch whose peak is within the memory; 0 where one row is too large."""
-    return _largest(estimate, method, workload, memory_bytes, "batch_size", 1, MOST_ROWS)
+    return _largest(estimate, method, workload, memory_bytes, name="batch_size", unit=1, most=MOST_ROWS)
 
 
 def longest_row(
     estimate: Estimator, method: str, workload: Workload, memory_bytes: int, *, most: int = MOST_TOKENS
 ) -> int:
     """The longest row, in whole ``ROW_UNIT`` tokens up to ``most``, that fits at this batch size; 0 where none does."""
-    return _largest(estimate, method, workload, memory_bytes, "max_length", ROW_UNIT, most)
+    return _largest(estimate, method, workload, memory_bytes, name="max_length", unit=ROW_UNIT, most=most)
 
 
 def _largest(
-    estimate: Estimator, method: str, workload: Workload, memory_bytes: int, name: str, unit: int, most: int
+    estimate: Estimator, method: str, workload: Workload, memory_bytes: int, *, name: str, unit: int, most: int
 ) -> int:
     """The largest multiple of ``unit`` of a field that fits, on the line between two steps of which one fits: steps
     between which the peak grows as the smaller one's tensors do, or else neighbours.
