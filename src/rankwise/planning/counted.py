@@ -61,7 +61,16 @@ def count(settings: PlanSettings, source: ModelSource, workload: Workload) -> Co
     learning = LEARNING[asked.objective](learned)
     data = learning.encode(reading, tokenizer, texts)
     model = load_skeleton(source, trust_remote_code=remote)
-    base = LoadedBase(source, model, tokenizer, torch.device("meta"), torch.bfloat16, None, "", {})
+    base = LoadedBase(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        device=torch.device("meta"),
+        dtype=torch.bfloat16,
+        autocast=None,
+        device_reason="",
+        facts={},
+    )
     pace = part_of(Pace, asked)
     objective = learning.objective(base, data, pace, layout_of(model, workload))
     pace = paced(objective, pace)
