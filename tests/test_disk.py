@@ -15,14 +15,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.disk import (
-    appending,
-    coded_error,
-    hold,
-    read_speed,
-    whole_file,
-    whole_folder,
-)
+from rankwise.disk import appending, coded_error, hold, read_speed, whole_file, whole_folder
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 
 HOLDER = """

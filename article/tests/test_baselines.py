@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError
-from rankwise_article.baselines import (
-    ATTRIBUTE,
-    add_baseline,
-    load_baseline,
-    save_baseline,
-)
+from rankwise_article.baselines import ATTRIBUTE, add_baseline, load_baseline, save_baseline
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[5, 9, 13, 40, 7, 22], [3, 8, 60, 61, 4, 11]])

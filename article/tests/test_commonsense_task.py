@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
-from rankwise_article.commonsense import (
-    Commonsense,
-    adapters_prompt,
-    extract_answer,
-    instructions_in,
-)
+from rankwise_article.commonsense import Commonsense, adapters_prompt, extract_answer, instructions_in
 from small_engines import byte_engine, nobody
 
 ROW = {

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankwise.comparison.statistics import (
-    Estimate,
-    mean_of_seeds,
-    minimum_detectable_effect,
-    paired_by_example,
-    pooled,
-)
+from rankwise.comparison.statistics import Estimate, mean_of_seeds, minimum_detectable_effect, paired_by_example, pooled
 from rankwise.errors import RunError
 from rankwise.evaluation.tasks.base import paired_difference
 

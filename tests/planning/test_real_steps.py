@@ -9,11 +9,7 @@ from planning_models import config_of
 
 from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, real_steps
-from rankwise.planning.real_steps import (
-    Measurement,
-    check_method,
-    comparable,
-)
+from rankwise.planning.real_steps import Measurement, check_method, comparable
 from rankwise.planning.step import batch_of, objective_of
 from rankwise.training.batches import KEY
 from tiny_models import tiny_llama

@@ -9,13 +9,7 @@ import torch
 
 from rankwise.errors import ConfigError
 from rankwise.planning.workload import RULES
-from rankwise.training.optimizers import (
-    NAMES,
-    SCHEDULES,
-    check_memory_savers,
-    make_optimizer,
-    make_schedule,
-)
+from rankwise.training.optimizers import NAMES, SCHEDULES, check_memory_savers, make_optimizer, make_schedule
 from tiny_models import tiny_llama
 
 

@@ -15,16 +15,7 @@ from pathlib import Path
 
 from rankwise.data import BadRow, kind_of, read_file, rows_from_records
 from rankwise.errors import DataError
-from rankwise.evaluation import (
-    Decoding,
-    Engine,
-    Example,
-    Question,
-    Task,
-    Tell,
-    text_sha256,
-    write_answers,
-)
+from rankwise.evaluation import Decoding, Engine, Example, Question, Task, Tell, text_sha256, write_answers
 from rankwise.foreign import Fields, JsonObject
 from rankwise_article.scores import warn_of_empty
 

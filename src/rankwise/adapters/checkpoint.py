@@ -24,12 +24,7 @@ from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.lora import KINDS, TokenRows
 from rankwise.adapters.low_rank import enabled_rows, from_blocks
-from rankwise.adapters.saving import (
-    PREFIX,
-    adapter_parameters,
-    is_at_work,
-    tensor_keys,
-)
+from rankwise.adapters.saving import PREFIX, adapter_parameters, is_at_work, tensor_keys
 from rankwise.adapters.select import matches
 from rankwise.adapters.state import (
     DEFAULT_NAME,

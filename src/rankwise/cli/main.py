@@ -19,19 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from rankwise.cli import (
-    compare,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    merge,
-    plan,
-    predict,
-    preview,
-    train,
-)
+from rankwise.cli import compare, doctor, evaluate, export, generate, inspect, merge, plan, predict, preview, train
 from rankwise.cli.options import Command, function_of, panels_of
 from rankwise.compat.system import speak_utf8
 from rankwise.disk import coded_error

@@ -9,17 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.comparison.stages import (
-    LABELS,
-    OWN_TASKS,
-    PERPLEXITY,
-    Cell,
-    Job,
-    Plan,
-    jobs_of,
-    outcome_of,
-    state_of,
-)
+from rankwise.comparison.stages import LABELS, OWN_TASKS, PERPLEXITY, Cell, Job, Plan, jobs_of, outcome_of, state_of
 from rankwise.comparison.statistics import LOOKS, mean_of_seeds
 from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, compare_all, recommend, retentions
 from rankwise.config import variant_of

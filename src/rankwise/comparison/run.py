@@ -22,14 +22,7 @@ from rankwise.comparison.inputs import (
     own_task,
     prepare_inputs,
 )
-from rankwise.comparison.pool import (
-    Cluster,
-    Pool,
-    Watcher,
-    connect,
-    environments,
-    forget_unfinished,
-)
+from rankwise.comparison.pool import Cluster, Pool, Watcher, connect, environments, forget_unfinished
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
 from rankwise.comparison.rounds import LOOKS_FILE, Rounds, noted_calls
 from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, seconds_of, shared_training
@@ -59,15 +52,7 @@ from rankwise.planning.hardware import cpu_hardware, this_machine
 from rankwise.planning.speed import pace_of, step_seconds
 from rankwise.planning.workload import planned_methods, workload_of
 from rankwise.records import write_json
-from rankwise.reports.comparison import (
-    EVAL_LOSS,
-    RECOMMENDED_FILE,
-    REPORT_FILE,
-    RETAINED,
-    Comparison,
-    Message,
-    Run,
-)
+from rankwise.reports.comparison import EVAL_LOSS, RECOMMENDED_FILE, REPORT_FILE, RETAINED, Comparison, Message, Run
 from rankwise.reports.numbers import duration, plural, rate
 from rankwise.reports.words import smallest_found
 

@@ -24,9 +24,7 @@ from rankwise.adapters.folder import (
     revision_of,
     sha256_of_base,
 )
-from rankwise.adapters.folder import (
-    read_config as read_adapter_config,
-)
+from rankwise.adapters.folder import read_config as read_adapter_config
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, heard, warn
 from rankwise.foreign import Fields

@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankwise.compat.torch import (
-    StorageWeakRef,
-    WeakTensorKeyDictionary,
-    is_fake,
-    viewed,
-    writes_to,
-)
+from rankwise.compat.torch import StorageWeakRef, WeakTensorKeyDictionary, is_fake, viewed, writes_to
 from rankwise.ops import elementwise
 from rankwise.ops.selection import is_traced, transforms_functions
 

@@ -18,12 +18,7 @@ from collections.abc import Iterable, MutableMapping, Sequence
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import (
-    FakeTensorMode,
-    WeakTensorKeyDictionary,
-    copy_each,
-    mode_of,
-)
+from rankwise.compat.torch import FakeTensorMode, WeakTensorKeyDictionary, copy_each, mode_of
 from rankwise.constants import ALIGNED
 from rankwise.ops.branch import Branch
 from rankwise.ops.kept import Key, trained_key

@@ -38,15 +38,7 @@ from rankwise.planning.speed import (
     pace_of,
     tokens_per_second,
 )
-from rankwise.planning.workload import (
-    SHARED,
-    PlanSettings,
-    Workload,
-    check_device,
-    of_batch,
-    run_tokens,
-    workload_for,
-)
+from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, of_batch, run_tokens, workload_for
 from rankwise.reports.numbers import byte_size
 
 # Options that every saved plan holds, given or not.

@@ -38,13 +38,7 @@ from rankwise.ops.selection import as_autocast
 from rankwise.planning.workload import MEASURED_OPTIMIZERS, Workload, rule_of, state_bytes
 from rankwise.training.batches import Batch, Row
 from rankwise.training.grpo import RewardedAnswers
-from rankwise.training.objectives import (
-    MISMATCHED,
-    Classification,
-    Demonstrations,
-    Preferences,
-    Scoring,
-)
+from rankwise.training.objectives import MISMATCHED, Classification, Demonstrations, Preferences, Scoring
 from rankwise.training.optimizers import implementation_of, make_optimizer
 from rankwise.training.parts import part_of
 from rankwise.training.reference import Reference

@@ -36,14 +36,7 @@ from rankwise.errors import QuantizationError, RankwiseError, RunError, some_of
 from rankwise.ops.checks import DTYPES
 from rankwise.ops.gguf_blocks import BLOCK_TYPES, LARGEST_EXPONENT
 from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight, format_of
-from rankwise.quantization.config import (
-    METHOD,
-    PARTS,
-    FourBitConfig,
-    check_shape,
-    from_bitsandbytes,
-    to_bitsandbytes,
-)
+from rankwise.quantization.config import METHOD, PARTS, FourBitConfig, check_shape, from_bitsandbytes, to_bitsandbytes
 from rankwise.quantization.experts import (
     StackScales,
     dequantize,

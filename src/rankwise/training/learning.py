@@ -17,12 +17,7 @@ from rankwise.adapters import has_adapter
 from rankwise.config import logging_steps_of
 from rankwise.data import encode_preferences
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.objectives import (
-    encode_labelled,
-    encode_prompts,
-    label_counts,
-    unpaired,
-)
+from rankwise.data.objectives import encode_labelled, encode_prompts, label_counts, unpaired
 from rankwise.errors import ConfigError
 from rankwise.models.load import table_rows
 from rankwise.objectives import OBJECTIVES, ObjectiveName

@@ -18,11 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rankwise.acceleration import (
-    grow_segments,
-    limit_generated_kernels,
-    restore,
-)
+from rankwise.acceleration import grow_segments, limit_generated_kernels, restore
 from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter

@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_runs import (
-    BATCH,
-    EVAL_ROWS,
-    ROWS,
-    STEPS,
-    Runs,
-    check_alike,
-    differing,
-    lines,
-    record,
-    weights,
-)
+from device_runs import BATCH, EVAL_ROWS, ROWS, STEPS, Runs, check_alike, differing, lines, record, weights
 
 from several import Nursery
 from tiny_models import save_with_tokenizer, tiny_llama, tiny_moe
