@@ -12,8 +12,6 @@ import rankwise
 
 SOURCE = Path(rankwise.__file__).parent
 MOST = 5
-# Made by place in files that are being rewritten.
-WAITING = {"ExpertBranch", "ModelSource", "Normed"}
 
 
 def positional(text: str) -> Iterator[str]:
@@ -28,7 +26,7 @@ def positional(text: str) -> Iterator[str]:
                 and "ClassVar" not in ast.unparse(item.annotation)
                 and "init=False" not in ast.unparse(item)
             ]
-            if made and len(fields) > MOST and "kw_only=True" not in made[0] and kind.name not in WAITING:
+            if made and len(fields) > MOST and "kw_only=True" not in made[0]:
                 yield kind.name
 
 

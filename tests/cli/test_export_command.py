@@ -206,11 +206,11 @@ def test_options_without_effect_are_refused(rankwise, run_folder, tmp_path, opti
 
 
 def test_a_server_that_loads_other_weights_than_were_trained_is_warned_of():
-    demo = ModelSource("demo", "demo", Path("demo.gguf"), "owner/name")
+    demo = ModelSource(kind="demo", name="demo", path=Path("demo.gguf"), base_model="owner/name")
     for target in ("vllm", "sglang", "peft"):
         with pytest.warns(RankwiseWarning, match=r"(?s)owner/name.*--merged"):
             warn_of_other_weights(demo, target)
-    folder = ModelSource("folder", "base", Path("base"), "/base")
+    folder = ModelSource(kind="folder", name="base", path=Path("base"), base_model="/base")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_weights(demo, "llama.cpp")

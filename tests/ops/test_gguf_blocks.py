@@ -42,7 +42,14 @@ def weight_in(kind: str, *, ordered: bool = False) -> tuple[PackedWeight, torch.
     else:
         dense = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType[kind]))
     order = torch.from_numpy(rng.permutation(N).astype(np.int32)) if ordered else None
-    weight = PackedWeight(torch.from_numpy(raw), exponents, (N, K), kind, found.elements, order=order)
+    weight = PackedWeight(
+        codes=torch.from_numpy(raw),
+        absmax=exponents,
+        shape=(N, K),
+        quant_type=kind,
+        block_size=found.elements,
+        order=order,
+    )
     return weight, dense if order is None else dense[order.long()]
 
 
@@ -104,7 +111,7 @@ def test_rows_may_lie_at_any_byte(level: str) -> None:
 def test_every_code_and_exponent_of_mxfp4_is_what_transformers_reads(level: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(253, 1)
     exponents = torch.arange(253, dtype=torch.uint8).repeat_interleave(16)
-    weight = PackedWeight(codes, exponents, (len(codes), 32), MXFP4, 32)
+    weight = PackedWeight(codes=codes, absmax=exponents, shape=(len(codes), 32), quant_type=MXFP4, block_size=32)
     dense = convert_moe_packed_tensors(codes[None, :, None], exponents[None, :, None], dtype=torch.float32)[0].T
     assert dense.isfinite().all()
     assert torch.equal(ops.dequantize_weight(weight), dense)

@@ -185,5 +185,5 @@ def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
         {name: GgufTensor(shape, 0, 0, 0) for name, shape in tensors.items()},
     )
     monkeypatch.setattr("rankwise.planning.facts.read_gguf_header", lambda path: header)
-    facts = read_model(ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")).facts
+    facts = read_model(ModelSource(kind="gguf", name="m.gguf", path=Path("m.gguf"), base_model="m.gguf")).facts
     assert (facts.idle_expert_parameters, facts.vocabulary, facts.head_is_tied) == (64 * 32 * 6, 100, False)

@@ -94,7 +94,9 @@ def test_peft_reads_our_folders_and_we_read_those_of_peft(base: str, method: str
     )
     made = peft.get_peft_model(plain(tmp_path / base, 3), config)
     made.save_pretrained(tmp_path / "peft")
-    source = ModelSource("folder", base, tmp_path / base, base, labels=labels_of(tmp_path / "peft"))
+    source = ModelSource(
+        kind="folder", name=base, path=tmp_path / base, base_model=base, labels=labels_of(tmp_path / "peft")
+    )
     model = load_model(source)[0]
     load_adapter(model, tmp_path / "peft")
     torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
@@ -197,7 +199,7 @@ def test_unknown_labels_and_heads_of_others_are_refused(run: Any, tmp_path: Path
     with pytest.raises(RankwiseError, match="known labels .no, yes., found 'maybe'"):
         run(eval_data=str(write(tmp_path / "other.jsonl", ("no", "maybe"))))
     run(method="full", max_steps=1)
-    source = ModelSource("folder", "run", tmp_path / "run", "run")
+    source = ModelSource(kind="folder", name="run", path=tmp_path / "run", base_model="run")
     with pytest.raises(RankwiseError, match="has a head for the labels no, yes") as error:
         load_model(dataclasses.replace(source, labels=Labels(("a", "b"))))
     assert error.value.code == "RW308"

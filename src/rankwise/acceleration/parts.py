@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     y, rstd = RmsNorm.apply(x, w, eps, offset, cast_first)
     # If x needs no gradient, the norm saves nothing and x may be overwritten, so that a branch must save y.
     if y.requires_grad:
-        remember(y, Normed(x.detach(), w, rstd, eps, offset, cast_first))
+        remember(y, Normed(h=x.detach(), w=w, rstd=rstd, eps=eps, offset=offset, cast_first=cast_first))
     return y
 
 

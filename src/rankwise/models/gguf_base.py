@@ -176,7 +176,13 @@ class _Filling:
         stored = self.names.rows(name, torch.arange(N)[:, None])[:, 0]
         order = None if bool((stored == torch.arange(N)).all()) else stored.argsort().int()
         weight = PackedWeight(
-            rows, torch.empty(0), (N, K), kind, GGUF_TYPES[kind].elements, order=order, dtype=self.dtype
+            codes=rows,
+            absmax=torch.empty(0),
+            shape=(N, K),
+            quant_type=kind,
+            block_size=GGUF_TYPES[kind].elements,
+            order=order,
+            dtype=self.dtype,
         )
         if isinstance(module, nn.Embedding):
             return PackedEmbedding(weight, module)

@@ -44,7 +44,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)", re.ASCI
 Kind = Literal["hub", "folder", "gguf", "demo", "memory"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """A model by kind and place; nothing has been read yet."""
 
@@ -79,14 +79,14 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     """
     name = os.fspath(model)
     if name == DEMO:
-        return ModelSource("demo", name, _demo_file(), DEMO_HUB_ID)
+        return ModelSource(kind="demo", name=name, path=_demo_file(), base_model=DEMO_HUB_ID)
     path = Path(name).expanduser()
     # An empty name would be the working directory.
     if name and path.is_dir():
-        return ModelSource("folder", name, path, str(path.resolve()))
+        return ModelSource(kind="folder", name=name, path=path, base_model=str(path.resolve()))
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            return ModelSource("gguf", name, path, str(path.resolve()))
+            return ModelSource(kind="gguf", name=name, path=path, base_model=str(path.resolve()))
         raise ModelError("RW301", f"{name} is a file and no GGUF; give the folder that holds it with its config.json.")
     if not _is_hub_id(name):
         raise ModelError(
@@ -94,7 +94,7 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
             f"there is no model at {name!r}; give a folder, a .gguf file, a hub id with its owner (such as "
             f"{DEMO_HUB_ID}), or {DEMO}.",
         )
-    return ModelSource("hub", name, None, name)
+    return ModelSource(kind="hub", name=name, path=None, base_model=name)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -202,7 +202,7 @@ class DenseStack:
         return grouped(dz, self.W, rows)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertBranch:
     """One of the two products. ``A`` and ``B`` are None if it is not adapted."""
 

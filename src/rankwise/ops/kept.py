@@ -179,7 +179,7 @@ class Plain:
         return product(dU, _rows(self.x))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Normed:
     """The output x of a norm, (h rstd) * (offset + w): h (..., K), w (K,), which is frozen, rstd (T,) in float32."""
 

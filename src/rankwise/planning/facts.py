@@ -189,7 +189,7 @@ def source_or_shape(model: str, **options: Any) -> tuple[ModelSource, str | None
         folder = cache_folder() / "shapes" / model.replace("/", "--")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, config)
-        return ModelSource("hub", model, folder, model), error.message
+        return ModelSource(kind="hub", name=model, path=folder, base_model=model), error.message
 
 
 def facts_of(config: Fields) -> ModelFacts:

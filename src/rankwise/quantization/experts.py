@@ -254,10 +254,10 @@ def frozen_branch(base: Any, leaf: str, dtype: torch.dtype) -> ExpertBranch | No
         if parameter.dtype is not dtype:
             return None
         dense = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
-        return ExpertBranch(dense, bias, eight_bit=_eight_bit(base, leaf))
+        return ExpertBranch(frozen=dense, bias=bias, eight_bit=_eight_bit(base, leaf))
     if not stack.scales.dtype is dtype is (stack.scales.compute_dtype or dtype):
         return None
-    return ExpertBranch(PackedStack(stack, stack.transposed), bias, eight_bit=_eight_bit(base, leaf))
+    return ExpertBranch(frozen=PackedStack(stack, stack.transposed), bias=bias, eight_bit=_eight_bit(base, leaf))
 
 
 @dataclasses.dataclass(eq=False)

@@ -312,7 +312,9 @@ def in_memory(asked: TrainSettings, given: Given) -> ModelSource:
         raise ConfigError(
             "RW112", f"the model in memory cannot train so: {'; '.join(problems)}. Give its name instead."
         )
-    return ModelSource("memory", asked.model, None, str(model.config.name_or_path or asked.model))
+    return ModelSource(
+        kind="memory", name=asked.model, path=None, base_model=str(model.config.name_or_path or asked.model)
+    )
 
 
 @contextlib.contextmanager
