@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-rows", type=int, default=128, help="spread evenly over the evaluation data")
     parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--by-length", action="store_true", help="the peer's batches have rows of about one length")
     parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor and dtype")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
     for name in ("--child", "--method", "--ours", "--peer", "--answer"):
@@ -119,6 +120,7 @@ def measure(folder: str, method: str, files: dict[str, str], place: Path, given:
     options |= {"--learning-rate": given.learning_rate, "--eval-data": files["eval"], "--dtype": given.dtype}
     options |= {f"--{side}": adapter for side, adapter in adapters.items()}
     shared = [files["train"], *(str(part) for pair in options.items() for part in pair)]
+    shared += ["--by-length"] if given.by_length else []
     found = {
         "ours": train_ours(folder, method, files["train"], adapters["ours"], given),
         "peer": timing.in_fresh_process(__file__, [*shared, "--child", "peer"]),
@@ -144,6 +146,7 @@ def train_ours(folder: str, method: str, data: str, output: str, given: argparse
         "tokens": record.data["train"]["tokens"],
         "train_loss": record.train_loss,
         "peak_memory_bytes": record.peak_memory_bytes,
+        "predicted_peak_memory_bytes": record.predicted_peak_memory_bytes,
         "process_peak_bytes": peak,
         "acceleration": record.device.get("acceleration"),
     }
@@ -175,6 +178,7 @@ def train_peer(given: argparse.Namespace) -> dict[str, Any]:
                 use_cpu=not torch.cuda.is_available(),
                 bf16=dtype is torch.bfloat16,
                 gradient_checkpointing=False,
+                train_sampling_strategy="group_by_length" if given.by_length else "random",
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,

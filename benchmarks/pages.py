@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import default_rates
 import end_to_end
+import evidence
 import four_bits
 import generation
 import memory_plan
@@ -28,6 +29,7 @@ from rankwise.records import write_text
 SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "steps": steps.page,
     "end_to_end": end_to_end.page,
+    "evidence": evidence.page,
     "memory": memory_plan.page,
     "mixtures": mixtures.page,
     "four_bits": four_bits.page,

@@ -26,6 +26,7 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import end_to_end  # noqa: E402
+import evidence  # noqa: E402
 import memory_plan  # noqa: E402
 import pages  # noqa: E402
 import results  # noqa: E402
@@ -172,3 +173,25 @@ def _command_in_this_process(command: list[str]) -> int:
     assert command[1:3] == ["-m", "rankwise"]
     assert main(command[3:]) == 0
     return 1
+
+
+@pytest.mark.usefixtures("here")
+def test_evidence_goes_on_with_its_list_and_marks_what_has_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    side = {"tokens": 10, "train_seconds": 2.0, "peak_memory_bytes": 3e6, "acceleration": ""}
+
+    def measured(cell: evidence.Cell, given: object) -> dict[str, Any]:
+        ran.append(str(cell))
+        return {"ours": side, "peer": {**side, "train_seconds": 8.0}, "eval_loss": {"base": 2, "peer": 1, "ours": 1}}
+
+    monkeypatch.setattr(evidence, "measured", measured)
+    words = [str(tmp_path), "--data", "t.csv", "--eval-data", "d.csv", "--output", str(tmp_path)]
+    evidence.main([*words, "--cells", "1"])
+    evidence.main([*words, "--cells", "2"])
+    assert ran == [str(cell) for cell in evidence.cells()][:3]
+    rows = [line for line in (tmp_path / "evidence.md").read_text().splitlines() if line.startswith("| 0.5B | qlora")]
+    assert "1 of 3" in rows[0]
+    assert "4.00" in rows[0]
+    assert "not run yet" in (tmp_path / "evidence.md").read_text()

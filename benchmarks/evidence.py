@@ -1,0 +1,153 @@
+"""The evidence of README, on two chat models that people know: speed, memory and loss beside TRL with PEFT.
+
+    python benchmarks/evidence.py FOLDER --data trainset.csv --eval-data devset.csv            # what has not run yet
+    python benchmarks/evidence.py FOLDER --data trainset.csv --eval-data devset.csv --cells 2  # no more than two of it
+
+FOLDER holds the files of MODELS. The list of runs below was written before the first of them ran, and is ordered so
+that any beginning of it is a table already; a cell that has not run is marked on the page. One cell trains both sides
+on the same rows of E2E, one after the other, and one evaluator scores both adapters. The peer runs with TRL's defaults,
+but for gradient checkpointing, which is off, and rows grouped by length. Dropout is 0 on both sides.
+
+Each cell is written when it is done, with the commit, into benchmarks/results/evidence_PROCESSOR.json; evidence.md
+beside it is made anew. Run it where nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import contenders
+import end_to_end
+import results
+
+import rankwise as rw
+
+MODELS = {"0.5B": "qwen2.5-coder-0.5b.gguf", "1.5B": "qwen2.5-coder-1.5b.gguf"}
+# Optimizer steps of eight rows.
+STEPS = {"0.5B": 30, "1.5B": 10}
+ROWS, EVAL_ROWS, RATE = 8, 64, 2e-4
+# LoRA over the bits of the file, which no peer trains.
+OVER_FILE = "lora@file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    model: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.method} {self.seed}"
+
+
+def cells() -> Iterator[Cell]:
+    """Both models with one seed, then the other seeds of the smaller one."""
+    methods = ("qlora", "lora", OVER_FILE, "dora", "qdora")
+    yield from (Cell("0.5B", method, 0) for method in methods[:2])
+    yield from (Cell("1.5B", method, 0) for method in methods[:2])
+    yield from (Cell(model, method, 0) for method in methods[2:] for model in MODELS)
+    yield from (Cell("0.5B", method, seed) for seed in (1, 2) for method in methods)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, metavar="FOLDER", help=f"with {' and '.join(MODELS.values())}")
+    parser.add_argument("--data", type=Path, required=True, help="CSV of E2E, with the columns mr and ref")
+    parser.add_argument("--eval-data", type=Path, required=True, help="the same for evaluating")
+    parser.add_argument("--cells", type=int, default=sys.maxsize, help="run no more than so many")
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    given = parser.parse_args(arguments)
+    contenders.silence()
+    about = {"command": results.command(), "machine": results.machine(), "versions": results.versions()}
+    file = given.output / f"{results.usual_name('evidence', about)}.json"
+    run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**about, "cells": {}}
+    for cell in [cell for cell in cells() if str(cell) not in run["cells"]][: given.cells]:
+        print(cell, file=sys.stderr, flush=True)
+        run["cells"][str(cell)] = {**measured(cell, given), "commit": about["versions"]["rankwise"]}
+        results.publish(given.output, "evidence", run, page, file.stem)
+
+
+def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
+    """What ``end_to_end`` measures of both sides; of LoRA over the file our side alone."""
+    words = [str(given.data), "--eval-data", str(given.eval_data), "--dropout", "0", "--by-length"]
+    words += ["--batch", str(ROWS), "--steps", str(STEPS[cell.model]), "--seed", str(cell.seed)]
+    options = end_to_end.parse([*words, "--learning-rate", str(RATE), "--eval-rows", str(EVAL_ROWS)])
+    gguf = given.files / MODELS[cell.model]
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        files = end_to_end.write_rows(options, place)
+        if cell.method == OVER_FILE:
+            return {"ours": end_to_end.train_ours(str(gguf), "lora", files["train"], str(place / "ours"), options)}
+        model, tokenizer = rw.load_model(str(gguf))
+        assert tokenizer is not None, "the file has one"
+        for part in (model, tokenizer):
+            part.save_pretrained(place / "model")
+        del model
+        return end_to_end.measure(str(place / "model"), cell.method, files, place, options)
+
+
+# --- the page ---
+
+HEADINGS = (
+    *("model", "method", "seeds", "tokens/s: TRL + PEFT", "rankwise", "times as fast"),
+    *("peak MB: TRL + PEFT", "rankwise", "planned", "loss: before", "TRL + PEFT", "rankwise"),
+)
+
+
+def page(runs: list[results.Run]) -> list[str]:
+    lines = ["# Evidence: Qwen2.5-Coder-Instruct 0.5B and 1.5B on E2E", "", *results.where_from(runs)]
+    steps = " and ".join(f"{count} on the {model}" for model, count in STEPS.items())
+    lines += [
+        f"Steps of {ROWS} rows: {steps}; r = {contenders.R} on all linear layers, learning rate {RATE:g}, dropout 0. "
+        "Both sides train on the same rows, the peer's grouped by length, without gradient checkpointing, else with "
+        "TRL's defaults. Tokens a second of the training steps; medians over seeds. Loss a label token on "
+        f"{EVAL_ROWS} held-out rows, by one evaluator. Peak: anonymous memory and what the model maps of its file. "
+        f"`{OVER_FILE}` trains over the GGUF's own bits, which the peer does not.",
+        "",
+    ]
+    for run in runs:
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for cell in cells():
+            groups.setdefault((cell.model, cell.method), []).append(cell)
+        lines += [f"## {results.processor(run)}", ""]
+        lines += [*results.table(HEADINGS, (_row(run, *key, group) for key, group in groups.items())), ""]
+        commits = sorted({found["commit"] for found in run["cells"].values()})
+        lines += [f"{len(run['cells'])} of {len(list(cells()))} cells have run, at {', '.join(commits)}.", ""]
+    return lines[:-1]
+
+
+def _row(run: results.Run, model: str, method: str, group: Sequence[Cell]) -> list[str]:
+    done = [run["cells"][str(cell)] for cell in group if str(cell) in run["cells"]]
+    if not done:
+        return [model, method, f"0 of {len(group)}", "not run yet", *[""] * (len(HEADINGS) - 4)]
+
+    def median(side: str, value: str) -> float | None:
+        found = [cell[side][value] for cell in done if side in cell and cell[side].get(value) is not None]
+        return statistics.median(found) if found else None
+
+    def speed(side: str) -> float | None:
+        found = [cell[side]["tokens"] / cell[side]["train_seconds"] for cell in done if side in cell]
+        return statistics.median(found) if found else None
+
+    ours, peer = speed("ours"), speed("peer")
+    peaks = (median("peer", "peak_memory_bytes"), median("ours", "peak_memory_bytes"))
+    planned = median("ours", "predicted_peak_memory_bytes")
+    name, seeds = f"{method}{end_to_end.products(done[0])}", f"{len(done)} of {len(group)}"
+    return [
+        *(model, name, seeds, results.number(peer, 0), results.number(ours, 0)),
+        "" if peer is None or ours is None else f"{ours / peer:.2f}",
+        *(results.number(value and value / 1e6, 0) for value in (*peaks, planned)),
+        *(results.number(median("eval_loss", side), 4) for side in ("base", "peer", "ours")),
+    ]
+
+
+if __name__ == "__main__":
+    main()
