@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-enum rw_dtype { RW_FLOAT32 = 0, RW_BFLOAT16 = 1, RW_FLOAT16 = 2 };
+enum rw_dtype { RW_FLOAT32 = 0, RW_BFLOAT16 = 1, RW_FLOAT16 = 2, RW_INT8 = 3 };
 // From slow to fast. A processor has a set of them: AVX-512 does not imply AVX-VNNI.
 enum rw_level_number {
     RW_PORTABLE = 0,
@@ -162,8 +162,8 @@ RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint3
                           uint32_t middle, int64_t n, int dtype, int threads);
 
 // How a term is multiplied in integers up to rw_products_largest. Its a is what rw_quantize_rows made; its weight is
-// rounded while it is packed: W_q = round(W * by_column * by_row). Both sizes of the weight are multiples of 32. Sums
-// are exact.
+// rounded while it is packed: W_q = round(W * by_column * by_row), or is W_q itself in RW_INT8, where the largest is 127.
+// Both sizes of the weight are multiples of 32. Sums are exact.
 typedef struct rw_eight_bit {
     const float* a_scale;             // (T), readable up to a multiple of 32 rows
     const float *by_row, *by_column;  // of the weight as it lies
@@ -180,7 +180,7 @@ typedef struct rw_term {
     const rw_weight* packed;  // a weight of 4 bits in place of w, or null
     const float* gain;        // (length,) or null: times the elements that are summed over
     float scale;              // of w; w, gain and scale are multiplied in float32 and, for tiles, rounded once
-    int w_dtype;              // float32 or bfloat16
+    int w_dtype;              // float32, bfloat16 or, in 8 bits and not of groups, int8
     int across;
     const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
     int exact;  // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
@@ -196,6 +196,7 @@ RW_EXPORT int rw_products_available(void);
 RW_EXPORT int rw_products_are_tiles(void);
 // The largest integer of their terms: 127, or 1,023 where instructions multiply integers of 16 bits only; 0 without them.
 RW_EXPORT int rw_products_largest(void);
+// 0: none; 1: allowed; with 2 and 3 AVX-512 multiplies pairs of bfloat16 in float32, or by dot products.
 RW_EXPORT void rw_products_allow(int allowed);
 
 // q (T, K) = round(x * factor / scale), scale (T) = max |x * factor| / rw_products_largest of each row of x (T, K), of

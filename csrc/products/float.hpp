@@ -57,8 +57,10 @@ void pack_strips(const Segments& segments, int64_t N, int64_t n, int64_t end, fl
         const Segment& segment = segments.of[i];
         float* out = strips + segment.at * kStrip;
         if (i < segments.integers) {
-            const bool is_float = segment.term->packed || segment.term->w_dtype == RW_FLOAT32;
-            const auto pack = is_float ? pack_integers<D, RW_FLOAT32> : pack_integers<D, RW_BFLOAT16>;
+            const int dtype = segment.term->packed ? RW_FLOAT32 : segment.term->w_dtype;
+            const auto pack = dtype == RW_FLOAT32 ? pack_integers<D, RW_FLOAT32>
+                              : dtype == RW_INT8  ? pack_integers<D, RW_INT8>
+                                                  : pack_integers<D, RW_BFLOAT16>;
             pack(*segment.term, n, end, segment.from, segment.to, reinterpret_cast<int32_t*>(out), strip_floats,
                  start + i * (end - n));
         } else if (segment.term->across) pack_strips_across<D>(segment, n, end - n, out, strip_floats);

@@ -85,10 +85,12 @@ struct IntegerStrip {
     const float* scale;
 };
 
-// Eight elements times both factors, rounded. S: the dtype in memory.
+// Eight elements times both factors, rounded, or what is rounded already. S: the dtype in memory.
 template <int S>
 RW_INLINE __m256i to_integers(const void* w, int64_t i, const float* by_column, Floats by_row) {
-    return _mm256_cvtps_epi32(reinterpret_cast<__m256>(load<S>(w, i) * load<RW_FLOAT32>(by_column, 0) * by_row));
+    if constexpr (S == RW_INT8)
+        return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(w) + i)));
+    else return _mm256_cvtps_epi32(reinterpret_cast<__m256>(load<S>(w, i) * load<RW_FLOAT32>(by_column, 0) * by_row));
 }
 
 // Elements [i, i + kStepIntegers) of a row.
@@ -100,11 +102,13 @@ RW_INLINE __m256i step_to_words(const void* w, int64_t i, const float* by_column
     return Integers::words_of(part);
 }
 
+constexpr int64_t bytes_of(int dtype) { return dtype == RW_FLOAT32 ? 4 : dtype == RW_INT8 ? 1 : 2; }
+
 // Elements [column, column + count) of a row of the weight: where they lie, or decoded to `made`, rounded to D.
 template <int D>
 RW_INLINE const void* row_of_weight(const rw_term& term, int64_t row, int64_t column, int64_t count, float* made) {
     const int64_t at = row * term.w_stride + column;
-    if (!term.packed) return static_cast<const char*>(term.w) + at * (term.w_dtype == RW_FLOAT32 ? 4 : 2);
+    if (!term.packed) return static_cast<const char*>(term.w) + at * bytes_of(term.w_dtype);
     decode<Avx2, D>(*term.packed, term.w_first + at, count, made);
     return made;
 }
@@ -154,7 +158,7 @@ void pack_integers_across(const rw_term& term, int64_t n, int64_t columns, int64
             row[i] = row_of_weight<D>(term, k + i, n, columns, made + i * columns);
             if (term.packed) continue;
             // Each row may lie in another page, where the hardware's own prefetching ends.
-            constexpr int64_t size = S == RW_FLOAT32 ? 4 : 2;
+            constexpr int64_t size = bytes_of(S);
             const char* ahead = static_cast<const char*>(row[i]) + 4 * rows * term.w_stride * size;
             for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(ahead + at);
         }

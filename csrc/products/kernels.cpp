@@ -27,7 +27,7 @@ constexpr ProductKernels products = {product_of_pairs<TileUnit>,
 // elements 7 % slower.
 constexpr ProductLayout layout = {kTileStep,           128,  4 * kStepWords,
                                   int64_t{512} << 10, true, kLargestByte,   kByteStep};
-constexpr ProductKernels products = {product_of_pairs<VectorUnit>, row_product_of_pairs<VectorUnit>,
+constexpr ProductKernels products = {product_of_vectors, row_product_of_vectors,
                                      finish_row_product_of_pairs, layout, quantize_rows};
 #else
 constexpr ProductLayout layout = {kFloatStep,           80,    4 * kFloatStep* kPanel,

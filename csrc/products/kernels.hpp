@@ -98,6 +98,10 @@ struct ProductKernels {
     void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed) = nullptr;
 };
 
+// How pairs of bfloat16 are multiplied without tiles: 0 as it was measured, else one way, for tests.
+constexpr int kWidened = 2, kDotProducts = 3;
+int pairs_asked();
+
 // Those of the current level, or null where it has none or they are switched off.
 const ProductKernels* current_products();
 

@@ -79,6 +79,12 @@ static void pack_byte_outputs(const rw_term& term, const float* by_column, int64
     }
 }
 
+// Quads of a tile's columns, and what they add to the columns' sums.
+static inline __attribute__((always_inline)) void add_quads_of_tile(__m512i quads, uint32_t* out, int32_t* sums) {
+    _mm512_store_si512(out, quads);
+    _mm512_store_si512(sums, add_quads(_mm512_load_si512(sums), _mm512_set1_epi8(1), quads));
+}
+
 // Steps [first, last) of rows that are summed over, for `count` columns from `column` on.
 static void pack_bytes_across(const rw_term& term, const float* by_column, int64_t column, int64_t count, int64_t first,
                               int64_t last, uint32_t* out, int64_t panel_words, ByteColumns* columns, int64_t next) {
@@ -103,10 +109,49 @@ static void pack_bytes_across(const rw_term& term, const float* by_column, int64
                 const __m512i low = _mm512_packs_epi32(part[0][tile], part[1][tile]),
                               high = _mm512_packs_epi32(part[2][tile], part[3][tile]),
                               bytes = _mm512_shuffle_epi8(_mm512_packs_epi16(low, high), turn);
-                _mm512_store_si512(out + n / kPanel * panel_words + kTileWords * tile, bytes);
-                int32_t* sums = columns[n / kPanel * next].start + 16 * tile;
-                _mm512_store_si512(sums, add_quads(_mm512_load_si512(sums), _mm512_set1_epi8(1), bytes));
+                add_quads_of_tile(bytes, out + n / kPanel * panel_words + kTileWords * tile,
+                                  columns[n / kPanel * next].start + 16 * tile);
             }
+        }
+    }
+}
+
+// Elements [begin, end) of rows of W_q that are columns of the result, for the panel at column n.
+static void pack_rounded_outputs(const rw_term& term, int64_t n, int64_t begin, int64_t end, uint32_t* out,
+                                 int32_t* sums) {
+    constexpr int64_t piece = 512;
+    const int8_t* rows = static_cast<const int8_t*>(term.w) + n * term.w_stride;
+    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t k = begin; k < end; k += piece) {
+        const int64_t length = end - k < piece ? end - k : piece;
+        pack_rows(reinterpret_cast<const uint16_t*>(rows + k), term.w_stride / 2, kPanel, length / 2, out);
+        for (int64_t step = 0; step < length; step += kByteStep, out += kStepWords)
+            for (int64_t i = 0; i < kStepWords; i += 16)
+                sum[i / kTileWords] =
+                    add_quads(sum[i / kTileWords], _mm512_set1_epi8(1), _mm512_load_si512(out + i));
+    }
+    for (int tile = 0; tile < 2; ++tile) _mm512_store_si512(sums + 16 * tile, sum[tile]);
+}
+
+// Steps [first, last) of rows of W_q that are summed over, for `count` columns from `column` on.
+static void pack_rounded_across(const rw_term& term, int64_t column, int64_t count, int64_t first, int64_t last,
+                                uint32_t* out, int64_t panel_words, ByteColumns* columns, int64_t next) {
+    for (int64_t quad = 16 * first; quad < 16 * last; ++quad, out += quad % 16 ? 16 : 16 + kStepWords - kTileWords) {
+        const int8_t* w = static_cast<const int8_t*>(term.w) + 4 * quad * term.w_stride + column;
+        for (int64_t n = 0; n < count; n += kPanel) {
+            // Past the last row zeros are packed.
+            __m512i row[4] = {};
+            for (int i = 0; i < 4 && 4 * quad < term.length; ++i) {
+                const auto* bytes = reinterpret_cast<const __m256i*>(w + i * term.w_stride + n);
+                __builtin_prefetch(reinterpret_cast<const char*>(bytes) + 16 * term.w_stride);
+                row[i] = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes));
+            }
+            const __m512i low = _mm512_or_si512(row[0], _mm512_slli_epi16(row[1], 8)),
+                          high = _mm512_or_si512(row[2], _mm512_slli_epi16(row[3], 8));
+            uint32_t* to = out + n / kPanel * panel_words;
+            int32_t* sums = columns[n / kPanel * next].start;
+            add_quads_of_tile(_mm512_unpacklo_epi16(low, high), to, sums);
+            add_quads_of_tile(_mm512_unpackhi_epi16(low, high), to + kTileWords, sums + 16);
         }
     }
 }
@@ -118,15 +163,21 @@ static void pack_bytes(const rw_term& term, int64_t panel, int64_t end, int64_t 
     const int64_t begin = first * kByteStep, stop = last * kByteStep < term.length ? last * kByteStep : term.length;
     const int64_t column = panel * kPanel, count = (end - panel) * kPanel, factors = term.across ? count : stop - begin;
     float* by_column = scratch<Owner, float, 0>(factors);
+    const bool is_rounded = term.w_dtype == RW_INT8;
     in_tile_order(term.eight_bit->by_column + (term.across ? column : begin), factors, by_column);
     for (int64_t i = 0; i < end - panel; ++i) {
         std::memset(columns[i * next].start, 0, sizeof columns->start);
         in_tile_order(term.eight_bit->out_scale + column + i * kPanel, kPanel, columns[i * next].scale);
         if (term.across) continue;
-        pack_byte_outputs(term, by_column, column + i * kPanel, begin, stop, out + i * panel_words,
-                          columns[i * next].start);
+        const int64_t n = column + i * kPanel;
+        uint32_t* panel_out = out + i * panel_words;
+        if (is_rounded) pack_rounded_outputs(term, n, begin, stop, panel_out, columns[i * next].start);
+        else pack_byte_outputs(term, by_column, n, begin, stop, panel_out, columns[i * next].start);
     }
-    if (term.across) pack_bytes_across(term, by_column, column, count, first, last, out, panel_words, columns, next);
+    if (term.across && is_rounded)
+        pack_rounded_across(term, column, count, first, last, out, panel_words, columns, next);
+    else if (term.across)
+        pack_bytes_across(term, by_column, column, count, first, last, out, panel_words, columns, next);
     for (int64_t i = 0; i < end - panel; ++i)
         for (int32_t& start : columns[i * next].start) start *= -128;
 }

@@ -91,6 +91,29 @@ def test_native_products_equal_the_specification(level: str | None, dtype: torch
         assert torch.equal(products.add_products([term], rows.new_empty(wanted.shape)), wanted.to(dtype))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(70, 96, 224), (33, 32, 9024), (5, 1056, 32)])
+def test_weights_rounded_once_change_no_bit(way: str, shape: tuple[int, int, int], transposed: bool) -> None:
+    T, N, K = shape
+    dtype = torch.bfloat16 if way == "plain" or products.take(torch.bfloat16) else torch.float32
+    x, A, B = random(T, K).to(dtype), random(4, K), random(N, 4)
+    W = random(K, N).to(dtype).T if transposed else random(N, K).to(dtype)
+    found = []
+    for keeps in (False, True):
+        eight = eight_bit.EightBit(random(K, seed=1).abs() + 0.5)
+        eight.keeps_rounded = keeps
+        frozen = Frozen(W, eight)
+        found.append(results([Branch(frozen, 0.5, A.clone().requires_grad_(), B.clone().requires_grad_())], x))
+        kept = frozen.scales.rounded
+        assert (kept is not None) == (keeps and (way == "plain" or products.largest() == 127))
+        if kept is not None:
+            assert kept.stride() == W.stride()
+            assert torch.equal(kept, eight_bit.quantize_weight(W, dataclasses.replace(frozen.scales, rounded=None)))
+            W[0].neg_()
+            assert torch.equal(frozen.scales.rounded[0], -kept[0])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def branches(dora: bool, four_bits: bool, dtype: torch.dtype) -> list[Branch]:
     made = []
     for N in (96, 160):

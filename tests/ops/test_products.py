@@ -26,11 +26,23 @@ SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (64, 96, 576), (300, 200, 1600),
 
 # AVX-512 without bfloat16 has those of AVX2.
 WITH_PRODUCTS = [name for name in LEVELS if name not in ("portable", "avx512")]
-pytestmark = pytest.mark.parametrize("level", WITH_PRODUCTS or [None], indirect=True)
+# AVX-512 multiplies pairs of bfloat16 in two ways, of which a processor takes the quicker one.
+WAYS = [(name, "measured") for name in WITH_PRODUCTS if name != "avx512_bf16"]
+WAYS += [("avx512_bf16", pairs) for pairs in ("widened", "dots") if "avx512_bf16" in WITH_PRODUCTS]
+pytestmark = pytest.mark.parametrize(("level", "pairs"), WAYS or [(None, None)], indirect=True)
+
+
+@pytest.fixture
+def pairs(level: str | None, request: pytest.FixtureRequest) -> Iterator[None]:
+    if level is not None:
+        products.allow(True, request.param)
+    yield
+    if level is not None:
+        products.allow(True)
 
 
 @pytest.fixture(autouse=True)
-def _at_a_level(level: str | None) -> None:
+def _at_a_level(level: str | None, pairs: None) -> None:
     """First of all fixtures."""
 
 

@@ -43,7 +43,7 @@ from rankwise.acceleration.parts import (
     replace_ropes,
     stacks_to_eight_bits,
 )
-from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
+from rankwise.adapters.base_layer import has_hooks, is_linear, is_own, stored_weight
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.adapters.lora import Dora, Lora, LowRankPair
 from rankwise.adapters.low_rank import frozen_weight
@@ -200,6 +200,31 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
 def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
     """Replace norms, gated MLPs and rotary functions by fused ones. Returns how many of each were replaced."""
     return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
+
+
+def dense_in_eight_bits(model: nn.Module) -> list[Frozen]:
+    """The dense weights whose products are in 8 bits, of layers and of the head."""
+    found = []
+    for _, layer in adapted_layers(model):
+        if isinstance(adapter := layer.at_work, LowRankPair) and adapter.eight_bit is not None:
+            frozen = frozen_weight(layer.base_layer, stored_weight(layer.base_layer).new_empty(0))
+            if frozen is not None and isinstance(frozen.weight, Tensor):
+                found.append(Frozen(frozen.weight, adapter.eight_bit))
+    if (head := head_in_eight_bits(model)) is not None:
+        module: Any = head[1].module
+        found.append(Frozen(module.weight, head[1].eight_bit))
+    return found
+
+
+@torch.no_grad()
+def keep_rounded(model: nn.Module) -> None:
+    """Round the calibrated weights of `dense_in_eight_bits` once, and keep their integers beside them, a byte for each
+    element: results stay the same to the bit."""
+    weights = [(frozen.eight_bit, frozen) for frozen in dense_in_eight_bits(model)]
+    for eight_bit, _ in weights:
+        assert eight_bit is not None, "its products are in 8 bits"
+        eight_bit.keeps_rounded = True
+    settle(weights)
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def linear_out(
     if _takes_native(x, out):
         from rankwise.ops.cpu import products
 
-        factor, term = products.Factor.of(W), None
+        factor, term = products.Factor.of_frozen(W, scales), None
         if factor is not None and scales is not None and products.take(x.dtype):
             q, a = products.quantize_rows(x, scales.per_channel)
             term = products.Term(a=q, W=factor, in_bytes=products.InBytes(a, scales, factor, across=False))

@@ -37,13 +37,15 @@ _LEAST_PART = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """c (K,) and w (N,) of one weight, and their reciprocals. ``largest``: the integer of the largest number."""
+    """c (K,) and w (N,) of one weight, and their reciprocals. ``largest``: the integer of the largest number.
+    ``rounded``: W_q (N, K), as W lies in memory, where it is kept."""
 
     channel: Tensor
     row: Tensor
     per_channel: Tensor
     per_row: Tensor
     largest: int = LARGEST
+    rounded: Tensor | None = None
 
     @classmethod
     def of(cls, W: Tensor, channel: Tensor, largest: int = LARGEST) -> Scales:
@@ -69,10 +71,14 @@ class Weight(Protocol):
 
 
 class EightBit:
-    """The scales of one frozen weight. The first rows that reach it give the channel scales, which then stay."""
+    """The scales of one frozen weight. The first rows that reach it give the channel scales, which then stay.
+
+    ``keeps_rounded``: a dense weight's integers are kept beside it, instead of being made in every pass.
+    """
 
     def __init__(self, channel: Tensor | None = None) -> None:
         self.channel = channel
+        self.keeps_rounded = False
         self._scales: Scales | None = None
         self._key: Key = ()
 
@@ -88,6 +94,8 @@ class EightBit:
         if self._scales is None or self._key[1:] != key[1:] or self._scales.largest != largest:
             dtype = torch.bfloat16 if isinstance(W, PackedWeight) else W.dtype
             self._scales, self._key = Scales.of_parts(frozen.parts(dtype), self.channel, largest), key
+        if self.keeps_rounded and self._scales.rounded is None and isinstance(W, Tensor) and largest == LARGEST:
+            self._scales = dataclasses.replace(self._scales, rounded=_rounded(W, self._scales))
         return self._scales
 
 
@@ -144,9 +152,19 @@ def quantize_rows(x: Tensor, factor: Tensor, largest: int = LARGEST) -> tuple[Te
 
 def quantize_weight(W: Tensor, scales: Scales) -> Tensor:
     """W_q, integers (N, K)."""
+    if scales.rounded is not None:
+        return scales.rounded
     # The scales of a 4-bit weight are those of W in bfloat16: in float32 the largest element may round to 128.
     q = (W.float() * scales.channel * scales.per_row[:, None]).round()
     return q.clamp_(-scales.largest, scales.largest).to(_dtype_of(scales.largest))
+
+
+def _rounded(W: Tensor, scales: Scales) -> Tensor:
+    """W_q of a dense W (N, K), by parts of its rows."""
+    made = torch.empty_like(W, dtype=torch.int8)
+    for rows in row_chunks(*W.shape):
+        made[rows] = quantize_weight(W[rows], dataclasses.replace(scales, per_row=scales.per_row[rows]))
+    return made
 
 
 def _dtype_of(largest: int) -> torch.dtype:

@@ -42,7 +42,8 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
         return None
     factors, of_bytes = [], []
     for branch in branches:
-        factor, scales = Factor.of(branch.frozen.weight), branch.frozen.scales
+        scales = branch.frozen.scales
+        factor = Factor.of_frozen(branch.frozen.weight, scales)
         if factor is None or (scales is None and not pay(rows, factor)):
             return None
         factors.append(factor)

@@ -29,7 +29,7 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 # The numbers of the dtypes that functions without 4-bit weights take.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
-_INTERFACE = 14
+_INTERFACE = 15
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
     "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ _LEAST_ROWS, _LEAST_ROWS_WIDENED, _LEAST_ROWS_OF_FOUR_BITS_WIDENED = 32, 4, 16
 # Products of layers are 0.6 of a step in float32. It is 1.2 times as fast if integers take this part of their time.
 _MOST_TIME_OF_INTEGERS = 0.7
 
+_DTYPE_OF_WEIGHT = {**DTYPE, torch.int8: 3}
+
 # Rows of integers are padded to a multiple of these elements.
 _STEP = 64
 
@@ -48,6 +51,12 @@ class Factor:
     across: bool = False
 
     @classmethod
+    def of_frozen(cls, W: Tensor | PackedWeight, scales: Scales | None) -> Factor | None:
+        """The same of what a product of a frozen weight reads: its kept integers, where it has them."""
+        rounded = None if scales is None else scales.rounded
+        return cls.of(W if rounded is None else rounded)
+
+    @classmethod
     def of(cls, W: Tensor | PackedWeight) -> Factor | None:
         """A 4-bit W (N, K), a dense one or a transposed view of one; None if the native library cannot read it: not
         on a CPU, of a different dtype, or without dense rows."""
@@ -56,7 +65,7 @@ class Factor:
                 return None
             # Fake codes are never read.
             return cls(W.codes if is_fake(W.codes) else NativeWeight(W), W.shape[1])
-        if W.dtype not in DTYPE or not W.is_cpu:
+        if W.dtype not in _DTYPE_OF_WEIGHT or not W.is_cpu:
             return None
         if W.stride(1) == 1:
             return cls(W, W.stride(0))
@@ -196,9 +205,10 @@ def on_tiles() -> bool:
     return bool(library().rw_products_are_tiles())
 
 
-def allow(allowed: bool) -> None:
-    """Switch sums of products off (and on again) for the whole process: for tests."""
-    library().rw_products_allow(allowed)
+def allow(allowed: bool, pairs: Literal["measured", "widened", "dots"] = "measured") -> None:
+    """Switch sums of products off (and on again) for the whole process, or choose how AVX-512 multiplies ``pairs`` of
+    bfloat16, instead of the quicker way: for tests."""
+    library().rw_products_allow({"measured": 1, "widened": 2, "dots": 3}[pairs] if allowed else 0)
 
 
 def add_products(
@@ -320,6 +330,6 @@ def _struct(term: Term) -> _Term:
     a = term.a
     return _Term(
         a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, pointer(term.gain), term.scale,
-        DTYPE[dtype], term.across != term.W.across, pointer(term.a_rest), term.exact,
+        _DTYPE_OF_WEIGHT[dtype], term.across != term.W.across, pointer(term.a_rest), term.exact,
         None if term.in_bytes is None else term.in_bytes.address(),
     )  # fmt: skip
