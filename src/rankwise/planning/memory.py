@@ -63,7 +63,7 @@ LARGEST_HOLES, HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 80 << 20, 0.35, 1
 # Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
 # Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
-HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
+HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (1.0, 0.3), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
 # FSDP2 gathers the next layer while one computes, and reduces a layer's gradients while the next computes its own.
 BLOCKS_AT_ONCE = 2
 WEIGHTS = ("weights_4bit", "weights")
@@ -187,7 +187,8 @@ def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_b
     """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors.
 
     A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
-    Checkpointing leaves fewer of these holes. rankwise's adapters and checkpointing leave almost no others; PyTorch's
+    With checkpointing the peak may lie in a forward pass, beside the holes that the gradients of the step before left,
+    and rows of varying lengths leave some between the blocks' inputs. rankwise's adapters leave few others; PyTorch's
     own operations, which layers that train for a merged file use, leave holes beside much of what a layer saves. The
     shares are fitted to measured runs (glibc, `benchmarks/memory_plan.py`).
     """
