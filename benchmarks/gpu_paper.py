@@ -45,7 +45,7 @@ from rankwise.acceleration import LossOptions  # noqa: E402
 from rankwise.compat.torch import in_backward_pass  # noqa: E402
 from rankwise.ops import selection  # noqa: E402
 from rankwise.ops.triton import adapter  # noqa: E402
-from rankwise.planning.tracker import Answers  # noqa: E402
+from rankwise.planning.tracker import ReadValues  # noqa: E402
 
 # Four rows of 2,048 tokens of which half are scored, in the 8B shape.
 ROWS, LENGTH, SHAPE = 4, 2048, "8B"
@@ -84,7 +84,7 @@ class Counts(TorchDispatchMode):
 
     def __init__(self, length: int, vocabulary: int) -> None:
         super().__init__()
-        self.answers = Answers()
+        self.answers = ReadValues()
         self.length, self.vocabulary = length, vocabulary
         self.launches: Counter[str] = Counter()
         # Of these, those of the forward pass.
@@ -193,7 +193,7 @@ def counted(method: str, form: str, layers: int, *, whole: bool) -> Counts:
 class Quiet(TorchDispatchMode):
     """Answers what asks for values outside of what is counted."""
 
-    answers = Answers()
+    answers = ReadValues()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.answers(func, args, kwargs or {})

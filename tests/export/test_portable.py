@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError, RunError
-from rankwise.export.adapter import Rows, Wanted, export_file, export_live
-from rankwise.export.converted import Row, convert, update_of
+from rankwise.export.adapter import ConversionRows, Wanted, export_file, export_live
+from rankwise.export.converted import HeldOutRow, convert, update_of
 from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
@@ -265,8 +265,8 @@ def test_an_error_that_no_rank_keeps_is_refused(tmp_path):
 
 def test_the_comparison_sees_what_the_conversion_lost(tmp_path):
     model = trained_dora()
-    held_out = [Row(row, row) for row in rows(5, seed=1)]
-    given = Rows(rows(), held_out)
+    held_out = [HeldOutRow(row, row) for row in rows(5, seed=1)]
+    given = ConversionRows(rows(), held_out)
     coarse = export_live(model, tmp_path / "coarse", Wanted("vllm", r=1), given).likeness
     fine = export_live(model, tmp_path / "fine", Wanted("vllm", r=32), given).likeness
     with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import AdapterError
-from rankwise.export.converted import Row
+from rankwise.export.converted import HeldOutRow
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.verify import REFERENCE, verify_merge
 from rankwise.models import load_model, model_facts, resolve_model
@@ -116,7 +116,7 @@ def test_the_gain_that_is_left_is_measured_on_trained_tokens(run, tmp_path, monk
     folder, trained = run
     monkeypatch.setattr("rankwise.export.verify.text_chunks", lambda tokenizer, text: [IDS])
     labels = torch.cat([torch.tensor([-100]), trained[0, :-1].argmax(dim=-1)])
-    monkeypatch.setattr("rankwise.export.verify.Row", lambda ids, _: Row(ids, labels))
+    monkeypatch.setattr("rankwise.export.verify.HeldOutRow", lambda ids, _: HeldOutRow(ids, labels))
     result = verify_merge(folder, str(tmp_path / "base"))
     left = {variant.name: variant.gain_left for variant in result.variants}
     assert result.tokens == len(labels) - 1

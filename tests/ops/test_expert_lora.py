@@ -14,7 +14,7 @@ from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.ops import eight_bit as eight_bits
 from rankwise.ops.cpu import products
-from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, Rows, low_rank_experts
+from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, RowsByExpert, low_rank_experts
 from rankwise.quantization.experts import PackedStack, StackScales, put_stack, quantize_stack
 from tiny_models import mxfp4
 
@@ -121,7 +121,7 @@ def test_in_8_bits_each_expert_has_the_scales_of_its_rows(kind: str) -> None:
     sizes, N, K = [3, 0, 40, 1], 96, 64
     W = torch.randn(4, N, K) * torch.rand(4, N, 1)
     stack, eight_bit = stack_of(W, kind, torch.bfloat16), eight_bits.EightBit()
-    rows = Rows(torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)), 4)
+    rows = RowsByExpert(torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)), 4)
     x, dz = (torch.randn(sum(sizes), width).to(torch.bfloat16) * torch.rand(width) for width in (K, N))
     x, dz = x.to(torch.bfloat16), dz.to(torch.bfloat16)
     branch = ExpertBranch(frozen=stack, eight_bit=eight_bit)

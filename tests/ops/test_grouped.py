@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from precision import assert_as_exact
 from rankwise.ops import experts as operators
-from rankwise.ops.experts import Rows, add_grouped, are_aligned, grouped, grouped_outer, inverse
+from rankwise.ops.experts import RowsByExpert, add_grouped, are_aligned, grouped, grouped_outer, inverse
 
 EXPERTS = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 5])
 E, K, N = 6, 16, 24
@@ -32,7 +32,7 @@ def factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_meet_the_matrix_of_their_expert(way, dtype):
     x, W, y = factors(dtype)
-    rows, before = Rows(EXPERTS, E), y.clone()
+    rows, before = RowsByExpert(EXPERTS, E), y.clone()
     plain, exact = (
         torch.stack([row.to(of) @ W[n].to(of) for row, n in zip(x, EXPERTS)]) for of in (dtype, torch.float64)
     )
@@ -45,7 +45,7 @@ def test_rows_meet_the_matrix_of_their_expert(way, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_outer_products_of_each_expert_s_rows(way, dtype):
     x, _, y = factors(dtype)
-    found = grouped_outer(x, y, Rows(EXPERTS, E))
+    found = grouped_outer(x, y, RowsByExpert(EXPERTS, E))
     plain, exact = (
         [x[n == EXPERTS].T.to(of) @ y[n == EXPERTS].to(of) for n in range(E)] for of in (dtype, torch.float64)
     )
@@ -59,7 +59,7 @@ def test_a_permutation_is_undone():
 
 
 def test_the_ends_are_those_of_the_sizes():
-    rows = Rows(EXPERTS, E)
+    rows = RowsByExpert(EXPERTS, E)
     assert rows.sizes == [3, 0, 2, 4, 0, 1]
     assert rows.ends.tolist() == [3, 3, 5, 9, 9, 10]
     assert rows.ends.dtype is torch.int32

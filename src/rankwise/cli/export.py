@@ -18,7 +18,7 @@ from rankwise.verbs.settings import ExportSettings, check_paths, refuse_comparis
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rankwise.export.adapter import ExportReport, Prove, Rows
+    from rankwise.export.adapter import ConversionRows, ExportReport, Prove
     from rankwise.models import ModelSource
 
 SHOWN_LAYERS = 8
@@ -162,7 +162,7 @@ def _prover(
     settings: ExportSettings,
     output: Output,
     source: ModelSource,
-    rows: Rows | None = None,
+    rows: ConversionRows | None = None,
     model: PreTrainedModel | None = None,
 ) -> Prove:
     """What --verify does before the export gets its name; ``rows`` and ``model``: those of training, if loaded."""
@@ -181,7 +181,7 @@ def _prover(
     return prove
 
 
-def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
+def _rows(settings: ExportSettings, source: ModelSource) -> ConversionRows:
     from rankwise.adapters.folder import tokenizer_with_rows
     from rankwise.cli.export_proof import rows_of
     from rankwise.evaluation.engine import needed_tokenizer

@@ -20,8 +20,8 @@ from rankwise.data import check_there, encode_rows, read_rows
 from rankwise.data.objectives import UNANSWERED, formats_of
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import max_length_of, template_of
-from rankwise.export.adapter import ExportReport, Rows
-from rankwise.export.converted import Row
+from rankwise.export.adapter import ConversionRows, ExportReport
+from rankwise.export.converted import HeldOutRow
 from rankwise.export.gguf import ADAPTER_FILE
 from rankwise.export.proof import PROMPTS, Served, gguf_under, prove, server_python
 from rankwise.export.verify import AsServed, default_text, round_as_served, text_chunks
@@ -42,7 +42,7 @@ def proven(
     model: PreTrainedModel,
     source: ModelSource,
     report: ExportReport,
-    rows: Rows,
+    rows: ConversionRows,
 ) -> ExportReport:
     """``report`` on the export in ``folder`` with its proof. Raises RunError (RW738) if there is none."""
     python = server_python(settings.target, settings.server_python)
@@ -83,7 +83,7 @@ HELD_OUT_ROWS = 40
 SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
-def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> ConversionRows:
     """The rows of `--data`, else those of the run, else the built-in text; some of them held out for the comparison.
 
     Of a run on preferences, these are the good answers. Raises DataError (RW207) for a run on rewards, which has none.
@@ -92,7 +92,7 @@ def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase)
     options = {} if record is None else record.settings
     source = data or options.get("data")
     if source is None or (data is None and not _is_there(str(source))):
-        return Rows((), [Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
+        return ConversionRows((), [HeldOutRow(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
     objective: ObjectiveName = "sft" if record is None or data is not None else record.objective
     if OBJECTIVES[objective].of_rewards:
         raise DataError(
@@ -102,7 +102,7 @@ def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase)
         rows = read_rows(str(source), split="train", skip_bad_rows=None, formats=UNANSWERED)
         texts = [row.text for row in rows[:: max(1, len(rows) // PROMPTS)]]
         found = map(torch.tensor, tokenizer(texts, truncation=True, max_length=LONGEST_PROMPT)["input_ids"])
-        return Rows((), [Row(ids, torch.full_like(ids, IGNORED)) for ids in found])
+        return ConversionRows((), [HeldOutRow(ids, torch.full_like(ids, IGNORED)) for ids in found])
     given = ("prompt_column", "completion_column") if data is None else ()
     columns = {name: options.get(name) for name in given}
     return _encoded(adapter, str(source), {**columns, "formats": formats_of(objective)}, tokenizer)
@@ -116,7 +116,7 @@ def _is_there(source: str) -> bool:
     return True
 
 
-def _encoded(adapter: Path, source: str, options: Fields, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def _encoded(adapter: Path, source: str, options: Fields, tokenizer: PreTrainedTokenizerBase) -> ConversionRows:
     rows = read_rows(source, split="train", skip_bad_rows=None, **options)
     rows = dataclasses.replace(rows, items=[row for row in rows if row.label is not False])
     encoded = encode_rows(
@@ -126,14 +126,14 @@ def _encoded(adapter: Path, source: str, options: Fields, tokenizer: PreTrainedT
         chat_template=template_of([adapter]),
         skip_bad_rows=None,
     )
-    found = [Row(torch.tensor(item["input_ids"]), torch.tensor(item["labels"])) for item in encoded.dataset]
+    found = [HeldOutRow(torch.tensor(item["input_ids"]), torch.tensor(item["labels"])) for item in encoded.dataset]
     step = max(2, len(found) // HELD_OUT_ROWS)
     held_out = found[::step] if len(found) > 1 else found
     inputs = [row.ids for index, row in enumerate(found) if index % step or len(found) == 1]
-    return Rows(inputs, held_out)
+    return ConversionRows(inputs, held_out)
 
 
-def prompts_of(rows: Rows, count: int) -> list[list[int]]:
+def prompts_of(rows: ConversionRows, count: int) -> list[list[int]]:
     """The tokens before the first label of ``count`` held-out rows; for rows without a prompt, their first tokens."""
     found = []
     for row in [*rows.held_out][:count]:

@@ -17,7 +17,15 @@ from rankwise.adapters.state import state_and_name
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.export.converted import Conversion, Likeness, Row, allowed_change, convert, keeps_perplexity, likeness
+from rankwise.export.converted import (
+    Conversion,
+    HeldOutRow,
+    Likeness,
+    allowed_change,
+    convert,
+    keeps_perplexity,
+    likeness,
+)
 from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, check_base, gguf_pairs, modelfile, write_adapter
 from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 from rankwise.export.pairs import (
@@ -116,11 +124,11 @@ Prove = Callable[[Path, ExportReport], ExportReport]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ConversionRows:
     """Token ids (T,) that weigh the error of a conversion, and rows on which the result is compared."""
 
     inputs: Sequence[Tensor] = ()
-    held_out: Sequence[Row] = ()
+    held_out: Sequence[HeldOutRow] = ()
 
 
 def export_adapter(
@@ -162,11 +170,11 @@ def export_adapter(
     wanted.check(model, file)
     if file.config.init.kind == "pissa" and held_out:
         raise AdapterError("RW433", "the base lacks what pissa took of it; save the adapter, and export that one.")
-    return export_live(model, Path(folder), wanted, Rows(rows, [Row(ids, ids) for ids in held_out]))
+    return export_live(model, Path(folder), wanted, ConversionRows(rows, [HeldOutRow(ids, ids) for ids in held_out]))
 
 
 def export_live(
-    model: PreTrainedModel, folder: Path, wanted: Wanted, rows: Rows, prove: Prove | None = None
+    model: PreTrainedModel, folder: Path, wanted: Wanted, rows: ConversionRows, prove: Prove | None = None
 ) -> ExportReport:
     """As ``export_adapter``, with a comparison on held-out rows where something is converted."""
     _, name = state_and_name(model, None)
@@ -215,7 +223,7 @@ def export_merged(adapter: Path, output: Path, target: str, prove: Prove | None 
 
 
 def _low_rank(
-    model: PreTrainedModel, name: str, file: AdapterFile, wanted: Wanted, rows: Rows
+    model: PreTrainedModel, name: str, file: AdapterFile, wanted: Wanted, rows: ConversionRows
 ) -> tuple[dict[str, Pair], Conversion | None]:
     folded = folded_pairs(model, file)
     if not wanted.converts(file):

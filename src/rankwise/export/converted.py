@@ -247,7 +247,7 @@ EXPORTED = "rankwise_exported"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class HeldOutRow:
     """A row's token ids and labels, both (T,); -100 is not a label."""
 
     ids: Tensor
@@ -268,7 +268,7 @@ class Likeness:
 
 @torch.no_grad()
 def keeps_perplexity(
-    model: PreTrainedModel, file: AdapterFile, name: str, rows: Sequence[Row], share: float
+    model: PreTrainedModel, file: AdapterFile, name: str, rows: Sequence[HeldOutRow], share: float
 ) -> Callable[[Pairs], bool]:
     """A function that tests whether pairs keep the perplexity of ``rows`` within ``share`` of the trained adapter's.
 
@@ -286,7 +286,9 @@ def keeps_perplexity(
 
 
 @torch.no_grad()
-def likeness(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
+def likeness(
+    model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[HeldOutRow]
+) -> Likeness:
     """Compare the exported pairs with the active adapter ``name``."""
     with adapter_disabled(model):
         base = _losses(model, rows)
@@ -308,7 +310,7 @@ def _laid_over(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pair
         set_adapter(model, name)
 
 
-def _losses(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
+def _losses(model: PreTrainedModel, rows: Sequence[HeldOutRow]) -> Tensor:
     """The loss of every label, row by row."""
     losses = []
     for row in rows:

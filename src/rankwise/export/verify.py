@@ -32,7 +32,7 @@ from rankwise.compat.transformers import heads_of_labels
 from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
-from rankwise.export.converted import Row
+from rankwise.export.converted import HeldOutRow
 from rankwise.export.gguf import EMBEDDING, HEAD
 from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
@@ -195,7 +195,7 @@ def verify_merge(
     adapter: Path,
     base: str | None = None,
     *,
-    rows: Callable[[PreTrainedTokenizerBase], Sequence[Row]] | None = None,
+    rows: Callable[[PreTrainedTokenizerBase], Sequence[HeldOutRow]] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Verification:
@@ -211,7 +211,7 @@ def verify_merge(
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
     if rows is None or tokenizer is None:
-        measure = _Meter([Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
+        measure = _Meter([HeldOutRow(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
     else:
         measure = _Meter(rows(tokenizer))
     measure.base_loss, _ = measure.loss(model, compares=False)
@@ -265,7 +265,7 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Te
 class _Meter:
     """Measures variants on the same rows. The first one is the reference for the logits of the others."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[HeldOutRow]) -> None:
         self.rows = [row for row in rows if (row.labels[1:] != IGNORED).any()]
         self.tokens = sum(int((row.labels[1:] != IGNORED).sum()) for row in self.rows)
         self.reference: list[Tensor] = []

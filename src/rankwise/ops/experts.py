@@ -53,7 +53,7 @@ def inverse(order: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowsByExpert:
     """The rows of each of ``count`` experts. ``experts``: (S,), the expert of each row, ascending."""
 
     experts: Tensor
@@ -87,7 +87,7 @@ class Rows:
             start += size
 
 
-def grouped(x: Tensor, W: Tensor, rows: Rows) -> Tensor:
+def grouped(x: Tensor, W: Tensor, rows: RowsByExpert) -> Tensor:
     """``y[rows of e] = x[rows of e] W[e]``: x (S, K), W (E, K, N) of its dtype -> (S, N)."""
     if one_kernel(x, W):
         return F.grouped_mm(x, W, offs=rows.ends)
@@ -97,7 +97,7 @@ def grouped(x: Tensor, W: Tensor, rows: Rows) -> Tensor:
     return y
 
 
-def add_grouped(y: Tensor, x: Tensor, W: Tensor, rows: Rows, scale: float = 1.0) -> Tensor:
+def add_grouped(y: Tensor, x: Tensor, W: Tensor, rows: RowsByExpert, scale: float = 1.0) -> Tensor:
     """``y += scale * grouped(x, W)``, in place."""
     if one_kernel(x, W):
         return y.add_(F.grouped_mm(x, W, offs=rows.ends), alpha=scale)
@@ -106,7 +106,7 @@ def add_grouped(y: Tensor, x: Tensor, W: Tensor, rows: Rows, scale: float = 1.0)
     return y
 
 
-def grouped_outer(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+def grouped_outer(a: Tensor, b: Tensor, rows: RowsByExpert) -> Tensor:
     """``G[e] = a[rows of e]^T b[rows of e]``, zero for an expert without rows: (S, M), (S, N) -> (E, M, N)."""
     if one_kernel(a.T, b):
         return F.grouped_mm(a.T, b, offs=rows.ends)
@@ -147,10 +147,10 @@ def are_aligned(a: Tensor, b: Tensor) -> bool:
 class FrozenStack(Protocol):
     """All experts' frozen matrices W (E, N, K) of one kind, dense or packed."""
 
-    def product(self, x: Tensor, rows: Rows) -> Tensor:
+    def product(self, x: Tensor, rows: RowsByExpert) -> Tensor:
         """``x W_e^T``, a new tensor: (S, K) -> (S, N)."""
 
-    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+    def input_grad(self, dz: Tensor, rows: RowsByExpert) -> Tensor:
         """``dz W_e``, a new tensor: (S, N) -> (S, K)."""
 
     def factor(self) -> Stacked | None:
@@ -195,10 +195,10 @@ class DenseStack:
     def parts(self, dtype: torch.dtype) -> Iterable[Tensor]:
         return self.W.detach().unbind()
 
-    def product(self, x: Tensor, rows: Rows) -> Tensor:
+    def product(self, x: Tensor, rows: RowsByExpert) -> Tensor:
         return grouped(x, self.W.transpose(1, 2), rows)
 
-    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+    def input_grad(self, dz: Tensor, rows: RowsByExpert) -> Tensor:
         return grouped(dz, self.W, rows)
 
 
@@ -214,7 +214,7 @@ class ExpertBranch:
     # Where its frozen product is in 8 bits, which the native library alone computes.
     eight_bit: EightBit | None = None
 
-    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rows: RowsByExpert) -> tuple[Tensor, Tensor | None]:
         """(P(x) (S, N), U (S, r))."""
         calibrate(x, [(self.eight_bit, self.frozen)])
         if (native := self.native(x)) is not None:
@@ -228,7 +228,7 @@ class ExpertBranch:
         return y, U
 
     def backward(
-        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
+        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: RowsByExpert, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dA, dB) in the dtypes of x, A and B; dA only if x is given, dB only if U is."""
         if (native := self.native(dz)) is not None:
@@ -271,7 +271,7 @@ class NativeBranch:
     B: Stacked | None
     scales: Scales | None
 
-    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rows: RowsByExpert) -> tuple[Tensor, Tensor | None]:
         branch, terms, U = self.branch, [self._frozen_term(x, rows, across=False)], None
         if branch.A is not None and self.A is not None and self.B is not None:
             U = _sum([_term(x, self.A)], x.new_empty(x.shape[0], self.A.shape[0]), rows)
@@ -279,7 +279,7 @@ class NativeBranch:
         return _sum(terms, x.new_empty(x.shape[0], self.W.shape[0]), rows, branch.bias), U
 
     def backward(
-        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
+        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: RowsByExpert, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `ExpertBranch.backward`."""
         branch, dA, dB = self.branch, None, None
@@ -297,7 +297,7 @@ class NativeBranch:
             terms.append(_term(dU, self.A, across=True))
         return _sum(terms, dz.new_empty(dz.shape[0], self.W.shape[1]), rows) if want_dx else None, dA, dB
 
-    def _frozen_term(self, a: Tensor, rows: Rows, *, across: bool) -> tuple[products.Term, int]:
+    def _frozen_term(self, a: Tensor, rows: RowsByExpert, *, across: bool) -> tuple[products.Term, int]:
         if (scales := self.scales) is None:
             return _term(a, self.W, across=across)
         first = self.W.first
@@ -316,14 +316,16 @@ def _term(a: Tensor, W: Stacked, *, across: bool = False, scale: float = 1.0) ->
     return products.Term(a=_dense_rows(a), W=W.first, across=across, scale=scale), W.apart
 
 
-def _sum(terms: Sequence[tuple[products.Term, int]], out: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+def _sum(
+    terms: Sequence[tuple[products.Term, int]], out: Tensor, rows: RowsByExpert, bias: Tensor | None = None
+) -> Tensor:
     """out (S, columns) is overwritten with the sum of the terms, each with the distance between its weights."""
     parts, apart = zip(*terms)
     bias = None if bias is None else bias.float().contiguous()
     return products.add_grouped_products(parts, apart, rows.counts, out, bias)
 
 
-def _add_bias(y: Tensor, bias: Tensor, rows: Rows) -> None:
+def _add_bias(y: Tensor, bias: Tensor, rows: RowsByExpert) -> None:
     if y.is_cuda:
         # Gathering the rows' biases needs no wait for the GPU.
         y += bias[rows.experts]
@@ -347,7 +349,7 @@ def low_rank_experts(
     rounded to the dtype of x for the products.
     """
     order = experts.reshape(-1).argsort(stable=True)
-    rows = Rows(experts.reshape(-1)[order], count)
+    rows = RowsByExpert(experts.reshape(-1)[order], count)
     if not torch.is_grad_enabled():
         return _forward(x, order, rows, experts.shape[1], gate, up, down)[0]
     return _LowRankExperts.apply((rows, experts.shape[1], gate, up, down), order, x, *up.tensors, *down.tensors)
@@ -356,7 +358,7 @@ def low_rank_experts(
 def _forward(
     x: Tensor,
     order: Tensor,
-    rows: Rows,
+    rows: RowsByExpert,
     k: int,
     gate: Callable[[Tensor], Tensor],
     up: ExpertBranch,
@@ -368,7 +370,7 @@ def _forward(
     return y[inverse(order)], z, U_up, U_down
 
 
-Fixed = tuple[Rows, int, Callable[[Tensor], Tensor], ExpertBranch, ExpertBranch]
+Fixed = tuple[RowsByExpert, int, Callable[[Tensor], Tensor], ExpertBranch, ExpertBranch]
 Kept = tuple[Fixed, Callable[[], AbstractContextManager[None]]]
 
 

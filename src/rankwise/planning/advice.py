@@ -134,7 +134,7 @@ def _largest(
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Rung:
     """A step of the ladder: changed options of ``rankwise train``, with ``method`` among them."""
 
     name: str
@@ -146,7 +146,7 @@ class Step:
 class Change:
     """Steps of the ladder together, with their cost and the memory that they save."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Rung, ...]
     method: str
     workload: Workload
     estimate: MemoryEstimate
@@ -180,24 +180,24 @@ class Change:
         }
 
 
-def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Step]:
+def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Rung]:
     """Every step that makes this run smaller, least invasive first. Those of one name replace each other."""
     if not workload.gradient_checkpointing:
-        yield Step("checkpointing", "gradient checkpointing", {"gradient_checkpointing": True})
+        yield Rung("checkpointing", "gradient checkpointing", {"gradient_checkpointing": True})
     rows, times = workload.batch_size, accumulation
     while rows > 1:
         # An odd batch becomes single rows.
         rows, times = (rows // 2, times * 2) if rows % 2 == 0 else (1, times * rows)
         label = f"batch {workload.batch_size} -> {rows}"
-        yield Step("batch", label, {"batch_size": rows, "gradient_accumulation": times})
+        yield Rung("batch", label, {"batch_size": rows, "gradient_accumulation": times})
     if workload.device_type == "cuda" and workload.optimizer in ("adamw_torch", "adamw_torch_fused"):
-        yield Step("optimizer", f"optimizer {PAGED}", {"optimizer": PAGED})
+        yield Rung("optimizer", f"optimizer {PAGED}", {"optimizer": PAGED})
     if (other := method_of(method).lighter) is not None:
-        yield Step("method", f"{method} -> {other}", {"method": other})
+        yield Rung("method", f"{method} -> {other}", {"method": other})
     length = workload.max_length
     while length > SHORTEST_ROW:
         length //= 2
-        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", {"max_length": length})
+        yield Rung("length", f"max-length {workload.max_length:,} -> {length:,}", {"max_length": length})
 
 
 class Advisor:
@@ -209,7 +209,7 @@ class Advisor:
     def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int, refused: Container[str] = ()) -> None:
         self.estimate, self.seconds, self.memory_bytes, self.refused = estimate, seconds, memory_bytes, refused
 
-    def price(self, steps: Sequence[Step], method: str, workload: Workload) -> Change:
+    def price(self, steps: Sequence[Rung], method: str, workload: Workload) -> Change:
         before = self.estimate(method, workload)
         settings: JsonObject = {}
         for step in steps:
@@ -234,7 +234,7 @@ class Advisor:
 
     def singles(self, method: str, workload: Workload, accumulation: int) -> list[Change]:
         """Each step alone that saves something worth showing; of halved batches and lengths the first."""
-        firsts: dict[str, Step] = {}
+        firsts: dict[str, Rung] = {}
         for step in self._steps(method, workload, accumulation):
             firsts.setdefault(step.name, step)
         changes = [self.price([step], method, workload) for step in firsts.values()]
@@ -248,7 +248,7 @@ class Advisor:
         ``names``: the steps that may be taken.
         """
         steps = [step for step in self._steps(method, workload, accumulation) if step.name in names]
-        taken: dict[str, Step] = {}
+        taken: dict[str, Rung] = {}
         for step in (None, *steps):
             if step is not None:
                 taken[step.name] = step
@@ -262,7 +262,7 @@ class Advisor:
         last = {step.name: step for step in self._steps(method, workload, accumulation) if step.name in names}
         return self.price(tuple(last.values()), method, workload)
 
-    def _steps(self, method: str, workload: Workload, accumulation: int) -> Iterator[Step]:
+    def _steps(self, method: str, workload: Workload, accumulation: int) -> Iterator[Rung]:
         for step in ladder(method, workload, accumulation):
             if step.settings.get("method") is None or step.settings["method"] not in self.refused:
                 yield step

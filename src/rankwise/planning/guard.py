@@ -28,7 +28,7 @@ from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_mach
 from rankwise.planning.memory import CPU_LOADED_BYTES, Estimator, MemoryEstimate, over_file, over_stored
 from rankwise.planning.real_steps import comparable
 from rankwise.planning.speed import micro_batch_seconds, nominal_pace, pace_of
-from rankwise.planning.workload import Rows, Workload, of_batch, workload_of
+from rankwise.planning.workload import BatchShape, Workload, of_batch, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
 # The smallest possible step. A run for which even this does not fit is refused before the weights are read.
@@ -99,7 +99,9 @@ class MemoryGuard:
         if self._verdict(self._run, smallest) == "too big":
             self._refuse(self._run, smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Rows, evaluation: Rows | None, mapped: MappedFiles) -> tuple[int, int] | None:
+    def before_training(
+        self, batch: BatchShape, evaluation: BatchShape | None, mapped: MappedFiles
+    ) -> tuple[int, int] | None:
         """The bytes of the predicted peak and of its idle process, for the larger of the largest micro-batch and the
         largest evaluation batch (None without evaluations). The meter adds the weights in ``mapped`` files to the
         process's memory, and does not see a GPU's idle process."""

@@ -83,12 +83,12 @@ class StorageTracker(DispatchMode):
         rounding: Callable[[int], int] = int,
         vocabulary: int | None = None,
         scratch: dict[str, Callable[..., int]] | None = None,
-        answers: Answers | None = None,
+        answers: ReadValues | None = None,
         counted_before: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         super().__init__()
         self.counted_before = counted_before
-        self.answers = answers or Answers()
+        self.answers = answers or ReadValues()
         self.quick = QuickFakes()
         self.rounding, self.vocabulary, self.scratch = rounding, vocabulary, scratch or {}
         self.phase = "setup"
@@ -247,7 +247,7 @@ class StorageTracker(DispatchMode):
         return storage.died >= end
 
 
-class Answers:
+class ReadValues:
     """The results of operations that read values, which fake tensors do not have.
 
     A number is 1 and a boolean is True, since only bookkeeping reads them (step counts, whether a gain has a zero,

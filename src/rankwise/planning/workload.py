@@ -200,7 +200,7 @@ class Workload(StepOptions):
         return self.sequences * positions
 
 
-class Rows(Protocol):
+class BatchShape(Protocol):
     """A micro-batch: rows, tokens of a row, and the share of the tokens with labels."""
 
     @property
@@ -213,7 +213,7 @@ class Rows(Protocol):
     def trained_share(self) -> float: ...
 
 
-def of_batch(workload: Workload, batch: Rows) -> Workload:
+def of_batch(workload: Workload, batch: BatchShape) -> Workload:
     trained = max(batch.trained_share, 1 / batch.tokens)
     length = max(2, batch.tokens)
     return dataclasses.replace(workload, batch_size=batch.rows, max_length=length, trained_share=trained)

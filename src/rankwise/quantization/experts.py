@@ -37,7 +37,7 @@ from rankwise.ops.experts import (
     ExpertBranch,
     FrozenStack,
     NativeBranch,
-    Rows,
+    RowsByExpert,
     Stacked,
     inverse,
     low_rank_experts,
@@ -319,7 +319,7 @@ def as_the_step(stacks: Iterable[StackEightBit]) -> Iterator[None]:
 def errors_in_eight_bits(base: Any, x: Tensor, chosen: Tensor) -> dict[str, float]:
     """{stack: the error of its frozen product in 8 bits} for the rows that reach it: x (T, H), chosen (T, k)."""
     order = chosen.reshape(-1).argsort(stable=True)
-    rows, z = Rows(chosen.reshape(-1)[order], base.num_experts), x[order // chosen.shape[1]]
+    rows, z = RowsByExpert(chosen.reshape(-1)[order], base.num_experts), x[order // chosen.shape[1]]
     errors = {}
     for leaf in (first_leaf(base), "down_proj"):
         branch = frozen_branch(base, leaf, x.dtype)
@@ -354,13 +354,13 @@ class PackedStack:
             W = ops.dequantize_weight(self.stack.of_expert(index), dtype)
             yield W.T if self.transposed else W
 
-    def product(self, x: Tensor, rows: Rows) -> Tensor:
+    def product(self, x: Tensor, rows: RowsByExpert) -> Tensor:
         return self._run(x, rows, across=self.transposed)
 
-    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+    def input_grad(self, dz: Tensor, rows: RowsByExpert) -> Tensor:
         return self._run(dz, rows, across=not self.transposed)
 
-    def _run(self, x: Tensor, rows: Rows, *, across: bool) -> Tensor:
+    def _run(self, x: Tensor, rows: RowsByExpert, *, across: bool) -> Tensor:
         N, K = self.stack.scales.shape[1:]
         y = x.new_empty(x.shape[0], K if across else N)
         for index, mine in rows.slices():

@@ -171,7 +171,7 @@ CUT = " … (cut at the limit of tokens)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class ShownExample:
     """A prompt with the base model's answer and the method's, each with its score in words."""
 
     prompt: str
@@ -182,17 +182,17 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class ShownAnswers:
     """One method against the base model on one task: the number of each outcome, and some examples of each."""
 
     method: str
     # What was answered, in words: a task, or the rows of the evaluation data.
     place: str
     counts: Mapping[str, int]
-    shown: Sequence[Example]
+    shown: Sequence[ShownExample]
 
 
-def answers_of(comparison: Comparison) -> list[Answers]:
+def answers_of(comparison: Comparison) -> list[ShownAnswers]:
     """The answers of each method to each task that the base model was measured on; the recommended method first."""
     chosen = comparison["recommendation"]["method"]
     found = []
@@ -213,7 +213,7 @@ def _shown_run(comparison: Comparison, method: str) -> Fields:
 
 def _compared(
     comparison: Comparison, task: str, method: str, base: Mapping[str, Fields], rows: Mapping[str, Fields]
-) -> Answers:
+) -> ShownAnswers:
     place = "the evaluation rows" if task in ("perplexity", "labels") else visible(task)
     result = comparison["base"]["tasks"][task]
     known = next(iter(rows.values()))["scores"]
@@ -232,26 +232,26 @@ def _compared(
         text = row["prediction"] + CUT * row.get("is_cut", False)
         return _clean(text), right if is_right else f"{visible(score)} {significant(value)}"
 
-    examples: dict[str, list[Example]] = {word: [] for word in words}
+    examples: dict[str, list[ShownExample]] = {word: [] for word in words}
     for before, after in pairs:
         old, new = before["scores"][score], after["scores"][score]
         is_same = math.isclose(old, new, rel_tol=1e-6)
         outcome = words[2] if is_same else words[0] if (new > old) == higher else words[1]
         references = [_clean(text) for text in (before.get("references") or ())[:3]]
         prompt = _clean(before["prompt"])
-        examples[outcome].append(Example(prompt, references, answer(before), answer(after), outcome))
+        examples[outcome].append(ShownExample(prompt, references, answer(before), answer(after), outcome))
     shown = [item for found in examples.values() for item in evenly(_changed_first(found), SHOWN)]
-    return Answers(method, place, {word: len(found) for word, found in examples.items() if pairs}, shown)
+    return ShownAnswers(method, place, {word: len(found) for word, found in examples.items() if pairs}, shown)
 
 
-def evenly(items: Sequence[Example], count: int) -> list[Example]:
+def evenly(items: Sequence[ShownExample], count: int) -> list[ShownExample]:
     """``count`` of the items, spread evenly over the whole list."""
     if len(items) <= count:
         return list(items)
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
 
 
-def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
+def _changed_first(items: Sequence[ShownExample]) -> Sequence[ShownExample]:
     """The items whose two answers differ, if there are any: equal texts show nothing."""
     answered = [item for item in items if item.base[0] and item.answer[0]]
     return [item for item in answered if item.base[0] != item.answer[0]] or answered

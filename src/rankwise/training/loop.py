@@ -29,7 +29,7 @@ from rankwise.training.checkpoints import FOLDER, Checkpoint, remove_old, save_c
 from rankwise.training.optimizers import make_schedule, set_rates
 from rankwise.training.parts import Pace
 from rankwise.training.step import Objective, TrainingStep, mixed, targets_of
-from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
+from rankwise.training.watch import Diverged, EvaluationStopped, Progress, StepSums, Watch
 from rankwise.training.weights import (
     checkpoint_bytes,
     load_state,
@@ -110,7 +110,7 @@ class Loop:
         if self.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
             self.save(watch)
-        logged = Step()
+        logged = StepSums()
         for epoch in itertools.count(progress.steps // self.steps_an_epoch):
             if self.stopping or progress.steps >= pace.total_steps:
                 return
@@ -136,7 +136,7 @@ class Loop:
                 if is_logged:
                     now = {"learning_rate": step.rate, "grad_norm": step.norm, "epoch": self._epochs()}
                     watch.log({"loss": logged.loss, **now, **means_of(logged.figures)})
-                    logged = Step()
+                    logged = StepSums()
                 self.stopping = is_end = is_last or ended
                 self.stopping |= asked
                 is_best = False
@@ -168,7 +168,7 @@ class Loop:
         while step := list(itertools.islice(batches, self.pace.gradient_accumulation)):
             yield [batch if own else without_rows(batch) for batch, own in step]
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: StepSums) -> None:
         number, is_scaled = self.progress.steps + 1, self.scaler.is_enabled()
         other = ", or train with --dtype bfloat16 or float32" if is_scaled else ""
         if not math.isfinite(step.loss):

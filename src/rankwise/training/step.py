@@ -48,7 +48,7 @@ from rankwise.ops.branch import eight_bit_pays
 from rankwise.quantization.targets import four_bit_modules
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
-from rankwise.training.watch import Step
+from rankwise.training.watch import StepSums
 from rankwise.training.weights import gathered_for_tests
 
 Products = Literal["bfloat16", "int8"]
@@ -329,10 +329,10 @@ class TrainingStep:
         with mixed(self.model, self.autocast):
             return self.objective.prepare([on_device(batch, self.model.device) for batch in batches], taken)
 
-    def gradients(self, batches: Sequence[Batch], targets: float) -> tuple[Step, Tensor]:
+    def gradients(self, batches: Sequence[Batch], targets: float) -> tuple[StepSums, Tensor]:
         """Add up the gradients of the micro-batches, with ``targets`` of all processes, and clip them. Returns the
         losses and figures, which are not read yet, and the norm of the gradients."""
-        model, step = self.model, Step()
+        model, step = self.model, StepSums()
         with self.around():
             for batch in batches:
                 self.enter("forward")

@@ -151,7 +151,7 @@ class Diverged(RunError):
     """The loss or the gradients are not finite (RW530)."""
 
 
-class Step:
+class StepSums:
     """Sums over the micro-batches of one step, or over several steps; those on the device until they are read."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class Step:
         self.figures = {name: [total, weight] for name, total, weight in zip(names, sums, weights)}
         self.steps, self._losses = 1, []
 
-    def take(self, step: Step) -> None:
+    def take(self, step: StepSums) -> None:
         """Add a step that was read; the loss becomes the mean over steps."""
         self.steps += 1
         self.loss += (step.loss - self.loss) / self.steps
@@ -286,7 +286,7 @@ class Watch:
         if self.check is not None and self.check.waiting:
             self.check.look(self.progress.steps + 1)
 
-    def end_step(self, step: Step, means: Mapping[str, float], *, is_logged: bool) -> tuple[bool, bool]:
+    def end_step(self, step: StepSums, means: Mapping[str, float], *, is_logged: bool) -> tuple[bool, bool]:
         """Tell of a step. Returns ``wishes``."""
         self.clock.stop()
         self.tick()
