@@ -61,7 +61,9 @@ def test_sums_of_the_largest_integers_are_exact(
     assert (q.int() - (128 if largest == 127 else 0)).abs().unique().tolist() == [largest]
     ones = torch.ones(max(N, K, -(-T // 32) * 32))
     assert factor is not None
-    scales = products.InBytes(ones, eight_bit.Scales(ones, ones, ones, ones), factor, across=across)
+    scales = products.InBytes(
+        ones, eight_bit.Scales(channel=ones, row=ones, per_channel=ones, per_row=ones), factor, across=across
+    )
     y = torch.full((T, N), torch.nan, dtype=dtype)
     products.add_products([products.Term(a=q, W=factor, across=across, in_bytes=scales)], y)
     # Sums of long rows are cut, and their parts added in float32.
@@ -103,7 +105,9 @@ def test_weights_rounded_once_change_no_bit(way: str, shape: tuple[int, int, int
         eight = eight_bit.EightBit(random(K, seed=1).abs() + 0.5)
         eight.keeps_rounded = keeps
         frozen = Frozen(W, eight)
-        found.append(results([Branch(frozen, 0.5, A.clone().requires_grad_(), B.clone().requires_grad_())], x))
+        found.append(
+            results([Branch(frozen=frozen, scale=0.5, A=A.clone().requires_grad_(), B=B.clone().requires_grad_())], x)
+        )
         kept = frozen.scales.rounded
         assert (kept is not None) == (keeps and (way == "plain" or products.largest() == 127))
         if kept is not None:

@@ -35,7 +35,7 @@ _TINY = 1e-30
 _LEAST_PART = 1e-2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scales:
     """c (K,) and w (N,) of one weight, and their reciprocals. ``largest``: the integer of the largest number.
     ``rounded``: W_q (N, K), as W lies in memory, where it is kept."""
@@ -57,7 +57,7 @@ class Scales:
         """The same of a weight whose rows are those of the parts (N_i, K), one after the other."""
         most = [(W[rows].float() * channel).abs().amax(dim=1) for W in parts for rows in row_chunks(*W.shape)]
         row = torch.cat(most).clamp(min=_TINY) / largest
-        return cls(channel, row, 1 / channel, 1 / row, largest)
+        return cls(channel=channel, row=row, per_channel=1 / channel, per_row=1 / row, largest=largest)
 
 
 class Weight(Protocol):
