@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="CSV of E2E, with the columns mr and ref; of reference its pairs")
     parser.add_argument("--pairs", type=int, default=128, help="of training; a quarter of it is evaluated on")
     parser.add_argument("--steps", type=int, default=6, help="of a run of prompts")
+    parser.add_argument("--products", default="auto", help="of prompts, as of `train`; both sides take the same")
     parser.add_argument("--rounds", type=int, default=3, help="medians are of that many")
     parser.add_argument("--seeds", type=int, default=3, help="of the comparison")
     parser.add_argument("--before", type=Path, help="src of another commit, to run the reference with as well")
@@ -99,6 +100,7 @@ def prompts(folder: str, place: Path, given: argparse.Namespace) -> list[dict[st
             for side, records in sides.items():
                 output = place / f"{common}-{side}-{turn}"
                 options = ("--model", folder, "--data", data, "--batch-size", ROWS, "--max-length", COMMON + 2 * OWN)
+                options += ("--products", given.products)
                 rankwise(place / "cache", "train", *options, "--share-prompts", side, "--output", output)
                 records.append(load_record(output))
         row: dict[str, Any] = {"common": COMMON if common else 0, "own": OWN if common else COMMON + OWN}
@@ -173,7 +175,7 @@ def reference(folder: str, place: Path, given: argparse.Namespace) -> list[dict[
 
 
 def page(runs: list[results.Run]) -> list[str]:
-    lines = ["# Nothing twice", "", "Made by `python benchmarks/once.py`; goals of the issue in brackets.", ""]
+    lines = ["# Nothing twice", "", "Made by `python benchmarks/once.py`; goals in brackets.", ""]
     for run in runs:
         lines += [
             f"## {run['what']}: {run['machine']['processor']}, {run['machine']['threads']} threads",
@@ -181,6 +183,7 @@ def page(runs: list[results.Run]) -> list[str]:
             f"`{run['command']}`",
             "",
         ]
+        lines += [line for note in run.get("notes", ()) for line in (note, "")]
         lines += _prompts(run["rows"]) if run["what"] == "prompts" else _reference(run["rows"])
     return lines
 
