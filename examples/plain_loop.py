@@ -14,8 +14,8 @@ given = parser.parse_args()
 
 model, tokenizer = rw.load_model(given.model)
 print(rw.add_adapter(model, rw.LoraConfig(r=8, lora_alpha=16)))
-# From here on, a training call with labels computes its loss in chunks and returns no logits. A call without labels, or
-# after model.eval(), returns them.
+# From here on, a call with labels computes its loss in chunks and returns no logits. A call without labels, or under
+# torch.no_grad(), returns them.
 print(rw.optimize_for_training(model))
 optimizer = torch.optim.AdamW(rw.adapter_parameters(model).values(), lr=5e-4)
 model.train()

@@ -289,7 +289,10 @@ def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
         return f"{name} is missing"
     if item["type"] == "literal_error" and is_argument:
         return f"{name} is {item['input']!r}; give {item['ctx']['expected'].replace(chr(39), '')}"
-    return f"{name} is {item['input']!r}: {fault(item)}"
+    given = item["input"]
+    # Python may give any object, and a model's repr has many lines.
+    words = repr(given) if isinstance(given, str | int | float | list | tuple | dict) else f"a {type(given).__name__}"
+    return f"{name} is {words}: {fault(item)}"
 
 
 def read_settings_file(file: Path) -> JsonObject:

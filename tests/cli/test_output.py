@@ -54,9 +54,11 @@ def trained(steps: int, evaluations: dict[int, float]) -> LiveProgress:
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("steps", [1, 20, 500])
 def test_the_picture_fits_its_terminal(steps, width):
-    lines = picture(trained(steps, {steps: 2.5}), width).splitlines()
+    lines = picture(shown := trained(steps, {steps: 2.5}), width).splitlines()
     assert len(lines) == 3
     assert all(len(line.rstrip()) <= width for line in lines)
+    shown.phase("Done")
+    assert ("3 min 07 s left" in picture(trained(steps, {}), 120), "left" in picture(shown, 120)) == (True, False)
 
 
 def test_the_best_evaluation_and_the_last_one_are_shown():

@@ -172,6 +172,11 @@ def test_a_metric_of_ones_own_and_an_early_end(train: Any) -> None:
         ({"r": 0}, "RW103.*--r is 0"),
         ({"devices": 2}, "RW117.*torchrun"),
         ({"tokenizer": "a tokenizer"}, "RW112.*tokenizer goes with a model in memory"),
+        ({"model": torch.nn.Linear(1, 1)}, "RW103: model is a Linear; give a name"),
+        ({"learning_rate": torch.nn.Linear(1, 1)}, "RW103: --learning-rate is a Linear: input"),
+        ({"on_step": 3}, "RW103: on_step is 3; give a function"),
+        ({"on_evaluation": lambda found: found.loss}, "RW103: on_evaluation returned [0-9.]+; return numbers by names"),
+        ({"on_evaluation": lambda found: {"eval_loss": 1.0}}, "RW103: on_evaluation returned eval_loss, which the run"),
     ],
 )
 def test_mistakes_are_those_of_the_command(changes: Any, said: str, train: Any) -> None:
@@ -241,6 +246,12 @@ def test_batches_are_those_of_a_run(packing: bool, train: Any, monkeypatch: pyte
         assert batch["input_ids"].shape == batch["labels"].shape
     rw.optimize_for_training(run.model)
     assert run.model.train()(**found[0]).loss > 0
+    with pytest.raises(ConfigError, match="RW115: tokenizer is a str"):
+        rw.batches(ROWS, "demo")
+    with pytest.raises(ConfigError, match="RW103: batch_size and epochs must be at least 1"):
+        rw.batches(ROWS, run.tokenizer, batch_size=0, epochs=0)
+    with pytest.raises(ConfigError, match="RW101: config is a dict of builtins; give"):
+        rw.add_adapter(run.model, {"r": 8})  # type: ignore[arg-type]
 
 
 def test_a_caller_is_checked_by_mypy_strict(tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def optimize_for_training(
     model: nn.Module, *, keep_memory: bool = True, products: Literal["bfloat16", "int8"] = "bfloat16"
 ) -> Acceleration:
     """Make training steps of ``model`` faster, in place. Results stay the same up to rounding. With labels,
-    training calls then return no logits.
+    calls then return no logits, except under ``torch.no_grad()``.
 
     Call it after ``add_adapter``. Shared inputs and the fused loss apply to every device. Norms, rotary positions and
     gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention is replaced on CPUs, and on CUDA for concatenated
     rows; the allocator's settings apply to CPUs. In your own loop, ``model(input_ids=ids, labels=ids).loss`` is the
-    fused loss, and that output has no logits, except without gradients. Another call starts over.
+    fused loss, and that output has no logits. Another call starts over.
     ``rankwise.acceleration.restore(model)`` undoes everything except the allocator's thresholds.
 
     Args:

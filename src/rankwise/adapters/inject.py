@@ -62,7 +62,7 @@ from rankwise.adapters.state import (
 )
 from rankwise.adapters.switch import disable_adapter, set_adapter, trained_biases
 from rankwise.compat.torch import gathered
-from rankwise.errors import AdapterError, some_of
+from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import Init, LoraConfig
 from rankwise.methods import METHODS_GROUP
 from rankwise.quantization.linear import Linear4bit
@@ -98,6 +98,10 @@ def add_adapter(
     Warns of layers that text does not pass through (RW177), of settings that match nothing (RW420), and of experts that
     "all-linear" leaves out (RW422).
     """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            "RW101", f"config is a {type(config).__name__} of {type(config).__module__}; give rw.LoraConfig."
+        )
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals)
     return attach(model, config, planned, name, start=start)

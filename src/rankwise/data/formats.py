@@ -383,7 +383,7 @@ def rows_from_records(
     """
     records = list(records)
     if not records:
-        raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
+        raise DataError("RW204", f"{source} holds no rows; give at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
     if any(name in record for _, record in records if isinstance(record, Mapping) for name in ("images", "image")):
         raise ConfigError("RW182", f"{source} holds images, which rankwise does not read; remove their column.")

@@ -206,16 +206,18 @@ def _read_hub(source: str, split: str, make: Make) -> Rows:
     return _from_dataset(loaded, source, make)
 
 
-IN_MEMORY = "the rows in memory"
+IN_MEMORY = "the data in memory"
 
 
 def records_in_memory(source: Any) -> list[Record]:
     """The rows of a Dataset or of a list of dicts. Raises DataError (RW202) for anything else."""
     import datasets
 
-    records = list(source) if isinstance(source, datasets.Dataset | list | tuple) else [source]
-    if odd := {type(record).__name__ for record in records if not isinstance(record, dict)}:
-        kinds = " or ".join(sorted(odd))
+    is_list = isinstance(source, datasets.Dataset | list | tuple)
+    records = list(source) if is_list else []
+    odd = {type(record).__name__ for record in records if not isinstance(record, dict)}
+    if odd or not is_list:
+        kinds = " or ".join(sorted(odd)) or type(source).__name__
         raise DataError("RW202", f"rows in memory are a datasets.Dataset or a list of dicts, not {kinds}; give these.")
     return records
 

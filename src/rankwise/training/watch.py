@@ -128,19 +128,35 @@ class Callbacks:
     ended: bool = dataclasses.field(default=False, init=False)
     raised: Exception | None = dataclasses.field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        for name in ("on_step", "on_evaluation", "on_save"):
+            if not callable(given := getattr(self, name)) and given is not None:
+                raise ConfigError("RW103", f"{name} is {given!r}; give a function.")
+
     def call(self, function: Callable[[Any], object] | None, given: object) -> dict[str, float]:
-        """What ``function`` returns, if these are numbers by name. It is not called any more after an error."""
+        """The numbers that ``on_evaluation`` returns, by name. Nothing is called any more after an error."""
         if function is None or self.raised is not None:
             return {}
         try:
             with torch.no_grad(), undisturbed_random_states():
                 found = function(given)
-                return {str(name): float(x) for name, x in found.items()} if isinstance(found, Mapping) else {}
+            if function is self.on_evaluation and found is not None:
+                return _named(found)
         except StopIteration:
             self.ended = True
         except Exception as error:  # noqa: BLE001  it is raised again once the step is saved
             self.raised = error
         return {}
+
+
+def _named(found: object) -> dict[str, float]:
+    """What ``on_evaluation`` returned. Raises ConfigError (RW103) for anything but numbers with names of their own."""
+    numbers = found if isinstance(found, Mapping) else {}
+    taken = [name for name in numbers if str(name).startswith("eval_") or name in ("step", "loss")]
+    if not isinstance(found, Mapping) or taken or not all(hasattr(x, "__float__") for x in numbers.values()):
+        wrong = f"{', '.join(taken)}, which the run logs" if taken else repr(found)
+        raise ConfigError("RW103", f"on_evaluation returned {wrong}; return numbers by names of your own.")
+    return {str(name): float(x) for name, x in numbers.items()}
 
 
 class EvaluationStopped(Exception):

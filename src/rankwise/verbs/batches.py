@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rankwise.errors import ConfigError
+from rankwise.verbs.settings import check_tokenizer
+
 
 def batches(
     data: Any,
@@ -29,12 +32,16 @@ def batches(
     run with this ``seed``; the labels of prompts and padding are -100. With ``packing`` rows lie end to end, (1, T),
     for a model after ``optimize_for_training``.
 
-    Raises DataError as a run does, at the call.
+    Raises, at the call, DataError as a run does, and ConfigError: RW103 a number below 1, RW115 no tokenizer.
     """
     from rankwise.acceleration.layouts import Layout
     from rankwise.data import encode_rows, read_rows, read_template
     from rankwise.training.batches import laid_out, packed, shuffled
 
+    check_tokenizer(tokenizer)
+    numbers = {"batch_size": batch_size, "max_length": max_length, "epochs": epochs}
+    if small := [name for name, number in numbers.items() if number < 1]:
+        raise ConfigError("RW103", f"{' and '.join(small)} must be at least 1.")
     template = None if chat_template is None else read_template(Path(chat_template))
     rows = read_rows(
         data, prompt_column=prompt_column, completion_column=completion_column, skip_bad_rows=skip_bad_rows

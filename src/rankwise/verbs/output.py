@@ -273,7 +273,11 @@ class LiveProgress:
             row.add_column(ratio=ratio, no_wrap=True)
         bar = ProgressBar(total=info.total, completed=info.step)
         row.add_row(Text(self.phase_name, style="bold"), f"step {info.step}/{info.total}", bar, f"loss {info.loss:.4f}")
-        return Group(row, *map(Text, self.evaluations), Text(figures(info), "dim", no_wrap=True, overflow="ellipsis"))
+        said = figures(info)
+        if self.phase_name == "Done":
+            # An evaluation that was due at the last step was counted as time left.
+            said = said.rpartition("  ")[0]
+        return Group(row, *map(Text, self.evaluations), Text(said, "dim", no_wrap=True, overflow="ellipsis"))
 
 
 class NotebookProgress(LiveProgress, Shown):

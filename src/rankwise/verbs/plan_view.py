@@ -157,7 +157,7 @@ def reason_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def larger_card(estimate: MemoryEstimate) -> str:
-    """The card with the least memory that holds this run with its error."""
+    """The GPU with the least memory that holds this run with its error."""
     enough = [card for card in CARDS if card.usable_bytes >= estimate.most_bytes and not card.name.startswith("Apple")]
     if not enough:
         return "several GPUs"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field
 
 from rankwise.config import MODEL, ModelOptions, TextOptions
+from rankwise.data.readers import IN_MEMORY
 from rankwise.errors import ConfigError, RunError
 from rankwise.evaluation.settings import LoadingOptions
 from rankwise.foreign import Fields, JsonObject
@@ -222,15 +223,27 @@ def settings_of(kind: type[SettingsT], options: Fields, earlier: Callable[[Field
 def apart(options: Fields, tokenizer: object) -> tuple[JsonObject, Any, JsonObject]:
     """Keywords with words in place of what is in memory, the model there, and {name: rows} of the data there.
 
-    Raises ConfigError (RW112) for a ``tokenizer`` beside a model that is named.
+    Raises ConfigError: RW112 for a ``tokenizer`` beside a model that is named, RW103 and RW115 for what is neither.
     """
     names = ("model", "data", "eval_data")
     held = {name: options[name] for name in names if not isinstance(options.get(name), str | os.PathLike | None)}
     model = held.pop("model", None)
     if tokenizer is not None and model is None:
         raise ConfigError("RW112", "tokenizer goes with a model in memory, and a named one has its own; leave it out.")
-    words = dict.fromkeys(held, "the rows in memory")
+    if model is not None and not (hasattr(model, "config") and hasattr(model, "modules")):
+        kind = type(model).__name__
+        raise ConfigError("RW103", f"model is a {kind}; give a name, a folder, a .gguf file or a transformers model.")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    words = dict.fromkeys(held, IN_MEMORY)
     return {**options, **words, **({} if model is None else {"model": "a model in memory"})}, model, held
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise ConfigError (RW115) for what is no tokenizer, such as its name."""
+    if not hasattr(tokenizer, "chat_template"):
+        kind = type(tokenizer).__name__
+        raise ConfigError("RW115", f"tokenizer is a {kind}; give the tokenizer that rw.load_model returns.")
 
 
 # --- checks before a command loads torch and transformers, which takes seconds ---
