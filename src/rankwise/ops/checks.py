@@ -345,7 +345,7 @@ def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor,
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignored: int) -> None:
-    """Raise QuantizationError (RW621) for a target outside [0, V) that is not ``ignored``; waits for a card."""
+    """Raise QuantizationError (RW621) for a target outside [0, V) that is not ``ignored``; waits for a GPU."""
     bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)
     if bad.any():
         row = int(bad.nonzero()[0])

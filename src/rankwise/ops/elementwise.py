@@ -136,7 +136,7 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
     """``m / ||W + scale B A||`` per row, 1 if that is 0, with ``squared`` = ||W||^2: DoRA's gain, in few kernels on
-    a card.
+    a GPU.
 
     W (N, K), A (R, K), B (N, R), each of its own floating dtype; squared and m (N,) float32 -> (N,) float32.
     """

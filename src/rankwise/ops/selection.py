@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Fakes:
-    """The device whose tensors fake CPU tensors count as, "cpu" or "cuda", and what a card there has."""
+    """The device whose tensors fake CPU tensors count as, "cpu" or "cuda", and what a GPU there has."""
 
     device_type: str
     triton: bool = True

@@ -2,7 +2,7 @@
 
     checkpointing    time only
     half the batch   time only, again and again; the rows of a step stay the same
-    8-bit states     on a CUDA card
+    8-bit states     on a CUDA GPU
     four bits        another method, over a base in 4 bits
     shorter rows     half the length, again and again: rows beyond it are cut
 

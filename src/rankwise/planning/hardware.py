@@ -1,9 +1,9 @@
-"""The hardware of a plan: a named card, an amount of memory, or this machine. Imports torch only for a local GPU.
+"""The hardware of a plan: a named GPU, an amount of memory, or this machine. Imports torch only for a local GPU.
 
-The table of cards, ``cards.csv``, has nominal memory, bandwidth and peak matrix throughput from vendors' data sheets.
-Throughput is dense bfloat16 (float16 where the card has no bfloat16) with float32 accumulation, without sparsity. On
-GeForce cards that is twice the float32 figure of the data sheet (the architecture white papers of GA102, AD102 and
-GB202), on workstation cards of the same chips four times. GB is 10^9 bytes, GiB is 2^30; the two differ by 7 %.
+The table of GPUs, ``cards.csv``, has nominal memory, bandwidth and peak matrix throughput from vendors' data sheets.
+Throughput is dense bfloat16 (float16 where the GPU has no bfloat16) with float32 accumulation, without sparsity. On
+GeForce GPUs that is twice the float32 figure of the data sheet (the architecture white papers of GA102, AD102 and
+GB202), on workstation GPUs of the same chips four times. GB is 10^9 bytes, GiB is 2^30; the two differ by 7 %.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Hardware:
 
 
 def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
-    """The named card, or this machine; with ``memory`` in place of its own, if given.
+    """The named GPU, or this machine; with ``memory`` in place of its own, if given.
 
-    Raises ConfigError: RW140 for an invalid size, RW141 for an unknown card, with the closest names.
+    Raises ConfigError: RW140 for an invalid size, RW141 for an unknown GPU, with the closest names.
     """
     size = None if memory is None else parse_size(memory)
     if gpu is not None:
@@ -98,8 +98,8 @@ def shared(hardware: Hardware, processes: int) -> Hardware:
 
 
 def find_card(name: str) -> Card:
-    """The card of that name. Vendor words, case, spaces and hyphens are ignored. Raises ConfigError (RW141) for a name
-    that no card has, or several.
+    """The GPU of that name. Vendor words, case, spaces and hyphens are ignored. Raises ConfigError (RW141) for a name
+    that no GPU has, or several.
     """
     card, *others = _fitting(name)
     if others:
@@ -109,7 +109,7 @@ def find_card(name: str) -> Card:
 
 
 def _fitting(name: str) -> list[Card]:
-    """Every card that the name may mean. Raises ConfigError (RW141) where there is none."""
+    """Every GPU that the name may mean. Raises ConfigError (RW141) where there is none."""
     wanted = _CardName.read(name)
     found = [card for card in CARDS if wanted.may_mean(card)]
     if found:
@@ -142,7 +142,7 @@ class _CardName:
         for found in (size, form):
             text = text.replace(found.group(), " ", 1) if found else text
         base = re.sub(rf"\b({'|'.join(VENDOR_WORDS)})\b", "", text).replace(" ", "")
-        # A card by only its number: GeForce (4090) and workstation (A6000, 6000 Ada).
+        # A GPU by only its number: GeForce (4090) and workstation (A6000, 6000 Ada).
         base = f"rtx{base}" if re.match(r"[2345]0\d0(?!ada)|a\d[05]00$|\d[05]00ada$", base) else base
         return cls(base, float(size.group(1)) if size else None, form.group(1) if form else None)
 
@@ -170,7 +170,7 @@ def of_card(card: Card) -> Hardware:
 
 
 def this_machine(device: str = "auto") -> Hardware:
-    """The CUDA card on which torch would train, Apple's GPU for ``device`` mps, else the CPU; with its free memory."""
+    """The CUDA GPU on which torch would train, Apple's GPU for ``device`` mps, else the CPU; with its free memory."""
     if device == "mps" or may_have_gpu():
         found = _torch_device(device)
         if found is not None:
@@ -212,7 +212,7 @@ def _cuda_device() -> Hardware:
     # Memory of this process is available to it: the plan counts a context, and the allocator reuses its blocks.
     own = CONTEXT_BYTES + torch.cuda.memory_reserved()
     try:
-        # Where two cards have one name, such as the RTX 3080, the memory decides.
+        # Where two GPUs have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
         known = Hardware(kind="machine", name=name, device_type="cuda", memory_bytes=total, source="torch.cuda")
@@ -256,7 +256,7 @@ def own_bytes() -> int:
     return int(own.rss - getattr(own, "shared", 0))
 
 
-# --- cards ---
+# --- GPUs ---
 
 MemoryKind = Literal["gddr", "gddr-ecc", "hbm", "unified"]
 
@@ -281,7 +281,7 @@ class Card:
     teraflops: float | None
     source: str
     has_bfloat16: bool
-    # Approximate ratio of the float32 peak to the 16-bit peak: the smallest of the card's group. Apple's GPUs compute
+    # Approximate ratio of the float32 peak to the 16-bit peak: the smallest of the GPU's group. Apple's GPUs compute
     # float32 as fast as 16 bits.
     float32_share: float
 
@@ -344,7 +344,7 @@ def parse_size(text: str | int | float) -> int:
 ROUNDING_BYTES = 512
 # cuBLAS' workspace, from torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken.
 WORKSPACE_BYTES = 32 << 20
-# The CUDA context with torch's kernels, outside of the allocator: 300 to 550 MB by card and driver.
+# The CUDA context with torch's kernels, outside of the allocator: 300 to 550 MB by GPU and driver.
 CONTEXT_BYTES = 500 << 20
 # Segments that the allocator has reserved and cannot use, as a share of the peak in steady training.
 FRAGMENTATION = 0.02

@@ -157,7 +157,7 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     """The plan for these options. ``say`` is called with a line about each trace that takes longer than a second.
 
     Raises ConfigError: RW116 an optimizer that cannot run there, RW130 and RW132 impossible settings, RW140 a size,
-    RW141 a card, RW103 no model; ModelError and QuantizationError as ``estimate`` does, where every
+    RW141 a GPU, RW103 no model; ModelError and QuantizationError as ``estimate`` does, where every
     method fails so.
     """
     methods = settings.methods

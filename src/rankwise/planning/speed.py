@@ -45,14 +45,14 @@ READ_BYTES = 1 << 28
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
 HOST_LINK_BYTES_PER_SECOND = 20e9
-# The card whose figures replace those of an unknown device where only ratios of times are needed.
+# The GPU whose figures replace those of an unknown device where only ratios of times are needed.
 NOMINAL_CARD = "RTX 4090"
 # Bytes of a 4-bit weight, with its scales.
 PACKED_BYTES = 0.53
 # The bandwidth of dequantization, as a share of that of other traffic.
 #
 # Code lookups and scales make dequantization slower. With this share, the ratios of published LoRA and QLoRA steps with
-# bitsandbytes' kernels are met on five cards (`tests/planning/test_published_times.py`). rankwise's own kernel has not
+# bitsandbytes' kernels are met on five GPUs (`tests/planning/test_published_times.py`). rankwise's own kernel has not
 # been timed on a GPU yet.
 DEQUANTIZE_SHARE = 0.5
 # Launching from Python takes about 7 us for a torch operation, 25 us for a Triton kernel, and autograd's bookkeeping.

@@ -1,5 +1,5 @@
 """What a plan has in the place of a run's files: a model without values or with random ones, made-up rows, optimizers
-that are only counted, a card's attention. The step itself and the making of the model are the run's (training/step.py).
+that are only counted, a GPU's attention. The step itself and the making of the model are the run's (training/step.py).
 
 B sequences, L tokens of each, V vocabulary, H heads, Hkv key-value heads, D head width.
 """
@@ -143,7 +143,7 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
     return prepared
 
 
-# --- attention of a card ---
+# --- attention of a GPU ---
 
 
 def use_card_attention(model: PreTrainedModel) -> None:

@@ -268,7 +268,7 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
 
 def on_device(workload: Workload, hardware: Hardware) -> Workload:
     """The workload without operators that do not run on the device. An Apple GPU runs plain PyTorch, counted as on a
-    CPU, whose memory it shares; a GPU of this machine without Triton runs the model's own gated MLPs. A card has flash
+    CPU, whose memory it shares; a GPU of this machine without Triton runs the model's own gated MLPs. A GPU has flash
     attention where it has bfloat16.
     """
     if hardware.device_type == "mps":
