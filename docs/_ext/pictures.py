@@ -1,19 +1,27 @@
-"""Draw the pictures of the pages into ``docs/pictures``: methods as boxes, a plan as bars, the losses of a run.
+"""Draw the pictures of the pages into ``docs/pictures``: methods as boxes, a plan as bars, the losses of a run, the
+memory of a step over its course, a comparison with its report.
 
-python docs/_ext/pictures.py
+python docs/_ext/pictures.py                   from the records that are kept there
+python docs/_ext/pictures.py --trace           the same, with `step.json` made anew
+python docs/_ext/pictures.py --keep FOLDER     the same, with `comparison` taken from the folder of a comparison
 
-`plan.json` holds what the first command prints, with the fields that are drawn, and `losses.json` the losses that the
-second one wrote to `metrics.jsonl`:
+`step.json` holds what the traces of two steps of the plan found. `plan.json` holds what the first command prints, with
+the fields that are drawn, `losses.json` the losses that the second one wrote to `metrics.jsonl`, and `comparison` what
+the report of the third one is made from:
 
     rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090" --max-length 2048 --batch-size 1
         --method full,lora,dora,qlora,qdora --json
     rankwise train --model demo --data stdlib --eval-data stdlib --eval-limit 64 --max-steps 100 --eval-steps 10
         --batch-size 4 --max-length 256 --products int8 --output runs/curve
+    rankwise compare --model demo --data stdlib --methods lora,dora --seeds 2 --learning-rates 6e-4,1.3e-3
+        --max-steps 10 --batch-size 4 --eval-steps 10 --eval-limit 16 --output runs/compare
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +92,31 @@ def plan(record: dict[str, Any]) -> str:
     bottom = top + len(methods) * 36
     at = 74 + limit * scale
     parts.append(f'<line class="limit" x1="{at:.0f}" y1="26" x2="{at:.0f}" y2="{bottom}"/>')
-    for shade, part in enumerate(PARTS):
-        x = (8, 98, 182, 306, 384)[shade]
-        parts.append(f'<rect class="p{shade}" x="{x}" y="{bottom + 12}" width="14" height="14"/>')
-        parts.append(f'<text class="left" x="{x + 20}" y="{bottom + 24}">{part}</text>')
-    return _picture(560, bottom + 38, parts)
+    return _picture(560, bottom + 38, [*parts, *_legend(bottom + 12)])
+
+
+def step(record: dict[str, Any]) -> str:
+    """The memory of two training steps in GB, part after part: a layer's forward pass, ..., the optimizer."""
+    limit, top, bottom = record["memory_bytes"] / 1e9, 44, 264
+    scale = (bottom - top) / (1.08 * limit)
+    parts = []
+    for panel, (name, held) in enumerate(record["steps"].items()):
+        left, wide = 44 + 266 * panel, 236 / len(held)
+        stacks = [[sum(values[:shade]) / 1e3 for _, *values in held] for shade in range(len(PARTS) + 1)]
+        for shade, above in reversed([*enumerate(stacks[1:])]):
+            # Each area reaches down to the axis; those drawn later cover it.
+            stairs = "".join(f"V{bottom - y * scale:.1f}H{left + wide * i:.1f}" for i, y in enumerate(above, 1))
+            parts.append(f'<path class="p{shade}" d="M{left} {bottom}{stairs}V{bottom}Z"/>')
+        turn, end = left + wide * [phase for phase, *_ in held].index("backward"), left + 236
+        parts.append(f'<path class="line" d="M{left} {bottom}H{end}M{turn:.1f} {bottom}v6"/>')
+        parts += [_text((left + turn) / 2, bottom + 20, "forward"), _text((turn + end) / 2, bottom + 20, "backward")]
+        parts.append(_text(left + 118, 18, f"{name}: {max(stacks[-1]):.1f} GB"))
+    at = bottom - limit * scale
+    parts.append(f'<line class="limit" x1="44" y1="{at:.0f}" x2="546" y2="{at:.0f}"/>')
+    parts.append(f'<text class="left" x="48" y="{at - 7:.0f}">{record["name"]}</text>')
+    parts += [_text(22, bottom - gb * scale + 5, f"{gb}") for gb in (0, 5, 10, 15, 20)]
+    parts += [_text(22, at + 5, f"{limit:.0f}"), *_legend(bottom + 36)]
+    return _picture(560, bottom + 62, parts)
 
 
 def losses(record: dict[str, list[list[float]]]) -> str:
@@ -113,17 +141,91 @@ def losses(record: dict[str, list[list[float]]]) -> str:
     return _picture(560, 274, parts)
 
 
+def traced() -> dict[str, Any]:
+    """The record of `step`: the phase of each part of a step, and its highest megabytes for each of PARTS."""
+    from rankwise.models import load_skeleton
+    from rankwise.planning.extend import layers_path
+    from rankwise.planning.plan import make_plan, source_or_shape
+    from rankwise.planning.trace import Traced
+    from rankwise.planning.workload import PlanSettings, workload_for
+
+    steps: dict[str, list[list[Any]]] = {}
+    for name, saves in (("LoRA", False), ("LoRA with checkpointing", True)):
+        settings = PlanSettings(
+            model="meta-llama/Llama-3.1-8B",
+            gpu="RTX 4090",
+            method=("lora",),
+            max_length=2048,
+            batch_size=1,
+            gradient_checkpointing=saves,
+        )
+        plan = make_plan(settings)
+        beside = plan.rows[0].estimate.breakdown
+        skeleton = load_skeleton(source_or_shape(plan.model)[0])
+        model = Traced(
+            skeleton, "lora", workload := workload_for(settings, plan.hardware), layers=layers_path(skeleton)
+        )
+        # What no tensor holds is the same in all parts.
+        constant = {term: beside[term] for term in ("overhead", "idle")}
+        steps[name] = [
+            [
+                place.phase,
+                *(round(sum((terms | constant).get(term, 0) for term in part) / 1e6) for part in PARTS.values()),
+            ]
+            for place, terms in model.peaks(workload).items()
+        ]
+    return {"name": plan.hardware.name, "memory_bytes": plan.hardware.memory_bytes, "steps": steps}
+
+
+def compared() -> dict[str, str]:
+    """The report of the comparison that is kept, and its plot of differences as a file of its own."""
+    from rankwise.reports import page, plots
+    from rankwise.reports.comparison import Comparison
+
+    folder = PICTURES / "comparison"
+    found = Comparison(json.loads((folder / "report.json").read_text(encoding="utf-8")), folder)
+    # In a file of its own a plot has a ground, and the colours of light and dark.
+    forest = str(plots.forest(found.differences_from_best())).replace(">", f">{plots.OWN_STYLE}", 1)
+    return {"forest.svg": f"{forest}\n", "../_static/report.html": page.page(found)}
+
+
+def keep(folder: Path) -> None:
+    """Copy what the report is made from, without what each run's record repeats and where the model lay."""
+    shutil.rmtree(PICTURES / "comparison", ignore_errors=True)
+    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for run in document["runs"]:
+        for name in ("settings", "versions", "device", "data", "base_model", "files"):
+            del run[name]
+    document["model"]["path"] = None
+    for path in [*folder.glob("runs/*/metrics.jsonl"), *folder.rglob("evaluation/*/*.jsonl")]:
+        if "best" not in path.parts:
+            place = PICTURES / "comparison" / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    (PICTURES / "comparison" / "report.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
 def pictures() -> dict[str, str]:
     """Each file's name and its text."""
-    read = {name: json.loads((PICTURES / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "losses")}
     drawn = {f"{name}.svg": method(name) for name in ("lora", "dora", "qlora")}
-    return drawn | {"plan.svg": plan(read["plan"]), "losses.svg": losses(read["losses"])}
+    for draw in (plan, losses, step):
+        record = json.loads((PICTURES / f"{draw.__name__}.json").read_text(encoding="utf-8"))
+        drawn[f"{draw.__name__}.svg"] = draw(record)
+    return drawn | compared()
 
 
 def _picture(width: float, height: float, parts: list[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
     ground = f'<rect class="ground" width="{width}" height="{height}" rx="8"/>'
     return f"{head}<style>{STYLE}</style>{ground}{''.join(parts)}</svg>\n"
+
+
+def _legend(y: float) -> list[str]:
+    parts = []
+    for shade, (x, part) in enumerate(zip((8, 98, 182, 306, 384), PARTS)):
+        parts.append(f'<rect class="p{shade}" x="{x}" y="{y}" width="14" height="14"/>')
+        parts.append(f'<text class="left" x="{x + 20}" y="{y + 12}">{part}</text>')
+    return parts
 
 
 def _box(shade: str, x: float, y: float, width: float, height: float, name: str) -> str:
@@ -160,5 +262,9 @@ def _text(x: float, y: float, text: str) -> str:
 
 
 if __name__ == "__main__":
+    if "--trace" in sys.argv:
+        (PICTURES / "step.json").write_text(json.dumps(traced()) + "\n", encoding="utf-8")
+    if "--keep" in sys.argv:
+        keep(Path(sys.argv[-1]))
     for name, text in pictures().items():
         (PICTURES / name).write_text(text, encoding="utf-8")
