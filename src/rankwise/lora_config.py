@@ -211,8 +211,8 @@ class _PeftFields:
     velora_config: InitVar[Any] = None
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig(AdapterOptions, _PeftFields):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(_PeftFields, AdapterOptions):
     """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
 
     Weights are (out, in), A is (r, in), B is (out, r) and s is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
