@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rankwise as rw
+from rankwise.errors import ConfigError
+from rankwise.models import fetch_model
 from rankwise.models.load import load_model
 from rankwise.quantization.experts import four_bit_stacks
+from rankwise.training.setup import check_model
 from tiny_models import save_in_mxfp4, save_with_tokenizer, tiny_moe
 
 TARGETS = ("--target-modules", "q_proj", "--target-parameters", "experts.gate_up_proj,experts.down_proj", "--r", 2)
@@ -93,11 +97,15 @@ def test_the_plan_counts_the_experts_as_the_file_has_them(rankwise, folder):
     assert any("MXFP4" in note for note in document["methods"]["lora"]["notes"])
 
 
-def test_training_it_whole_is_refused(rankwise, folder, rows_file, tmp_path):
+def test_training_it_whole_and_parting_it_is_refused(rankwise, folder, rows_file, tmp_path):
     where = ("--data", rows_file, "--output", tmp_path / "run", "--device", "cpu")
     done = rankwise("train", "--model", folder, *where, "--method", "full")
     assert done.code == 2
     assert "RW112" in done.stderr
+    source = fetch_model(str(folder))
+    base = SimpleNamespace(strategy="fsdp", device="cpu", method="lora", trust_remote_code=False)
+    with pytest.raises(ConfigError, match="RW112.*MXFP4"):
+        check_model(source, base, rw.LoraConfig())
     document = rankwise("plan", "--model", folder, "--max-length", 64, "--method", "lora,full", "--json").document
     assert document["methods"]["full"]["failure"]["code"] == "RW112"
     assert document["recommendation"]["method"] == "lora"

@@ -37,7 +37,7 @@ from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.methods import METHODS, either, kinds, method_of, methods_with
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, model_facts
 from rankwise.models.device import DeviceChoice
-from rankwise.models.load import load_tokenizer, names_chat_template, table_rows
+from rankwise.models.load import keeps_mxfp4, load_tokenizer, names_chat_template, table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
@@ -202,6 +202,13 @@ def check_model(
     """The config of the model, which may be in memory. Raises what it alone decides, before the weights are there: no
     model of a known kind, an adapter that does not fit it."""
     skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code) if model is None else model
+    on = choose_device(base.device).device
+    if base.strategy == "fsdp" and keeps_mxfp4(vars(skeleton.config), on):
+        raise ConfigError(
+            "RW112",
+            f"--strategy fsdp parts the base's weights, and the experts of {source.name} stay in their files in MXFP4; "
+            "leave it out.",
+        )
     if not method_of(base.method).has_adapter:
         return skeleton.config
     # The loaded model gives the warnings again.
