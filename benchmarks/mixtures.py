@@ -1,6 +1,7 @@
 """Steps of a mixture of experts, ours and PEFT's, and what memory and processor allow.
 
     python benchmarks/mixtures.py             # two layers of Qwen3-30B-A3B's shape, about ten minutes
+    python benchmarks/mixtures.py --whole     # all 48, planned from steps of two and of four
     python benchmarks/mixtures.py --quick     # a tiny one: does it run at all?
 
 Weights are random: no real mixture of this size was at hand. Each side of a row is a process of its own, which takes
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,9 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROWS = {"attention": ("ours", "ours, 8 bits", "peft"), "attention and experts": ("ours", "ours, 8 bits", "peft")}
 # Over NF4 there is no peer: bitsandbytes leaves stacked experts dense.
 FOUR_BITS = ("ours, NF4", "ours, NF4, 8 bits")
+# Sides whose whole model is planned, and the methods of `rw.plan`.
+PLANNED = {"ours, 8 bits": "lora", "ours, NF4, 8 bits": "qlora"}
+WHOLE = 48
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
@@ -43,18 +48,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     contenders.silence()
     if given.side is not None:
-        write_json(Path(given.answer), floor(given) if given.side == "floor" else steps_of(given))
+        asked = {"floor": floor, "plan": planned}.get(given.side, halves_of if given.whole else steps_of)
+        write_json(Path(given.answer), asked(given))
         return
     options = [
         word
         for name in ("layers", "rows", "length", "vocabulary", "steps")
         for word in (f"--{name}", str(vars(given)[name]))
     ]
-    options += ["--tiny"] if given.tiny else []
+    options += [f"--{name}" for name in ("tiny", "whole") if vars(given)[name]]
 
     def run(adapted: str, side: str) -> dict[str, Any]:
         return timing.in_fresh_process(__file__, [*options, "--adapted", adapted, "--side", side])
 
+    common = {
+        "command": results.command(),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "dtype": "bfloat16",
+        **{name: vars(given)[name] for name in ("layers", "rows", "length", "vocabulary")},
+    }
+    if given.whole:
+        halves = {side: run("attention and experts", side) for side in PLANNED}
+        result = {**common, "halves": halves, "plan": run("attention and experts", "plan")}
+        name = given.name or results.usual_name("mixtures_whole", result)
+        results.publish(given.output, "mixtures", result, page, name)
+        return
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(given.rounds):
         for adapted, sides in ROWS.items():
@@ -69,15 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for (adapted, side), runs in found.items()
     ]
-    result = {
-        "command": results.command(),
-        "machine": results.machine(),
-        "versions": results.versions(),
-        "dtype": "bfloat16",
-        **{name: vars(given)[name] for name in ("layers", "rows", "length", "vocabulary")},
-        "sides": rows,
-        "floor": run("attention and experts", "floor"),
-    }
+    result = {**common, "sides": rows, "floor": run("attention and experts", "floor")}
     results.publish(given.output, "mixtures", result, page, given.name)
 
 
@@ -92,24 +103,47 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="", help="of the JSON file in --output; default: by processor")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=results.FOLDER)
+    parser.add_argument("--whole", action="store_true", help="plan the whole model from twice --layers and these")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     for name in ("--side", "--adapted", "--answer"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.quick:
-        given.tiny, given.length, given.vocabulary, given.steps = True, 16, 512, 1
+        given.tiny, given.length, given.vocabulary, given.steps = True, 16, 512, 2 if given.whole else 1
     return given
 
 
 # --- in the fresh processes ---
 
 
+def shape_of(given: argparse.Namespace, layers: int) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **(TINY if given.tiny else SHAPE), **HEADS, vocab_size=given.vocabulary, num_hidden_layers=layers,
+        intermediate_size=6144, norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
+
+
+def planned(given: argparse.Namespace) -> dict[str, Any]:
+    """{method: what `rankwise plan` says} of the whole model."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape_of(given, WHOLE).save_pretrained(folder)
+        plan = rw.plan(
+            model=folder, method=list(PLANNED.values()), target_modules=ATTENTION, target_parameters=EXPERTS,
+            batch_size=given.rows, max_length=given.length, dtype="bfloat16", memory="1TB", device="cpu",
+        )  # fmt: skip
+    tokens = given.rows * given.length
+    return {
+        row["method"]: {
+            "peak": row["peak_bytes"], "mapped": row["mapped_bytes"], "seconds": tokens / row["tokens_per_second"]
+        }
+        for row in plan.rows
+    }  # fmt: skip
+
+
 def mixture(given: argparse.Namespace) -> Any:
     """In bfloat16, of random weights that repeat: drawing two billion takes a minute."""
-    config = Qwen3MoeConfig(
-        **(TINY if given.tiny else SHAPE), **HEADS, vocab_size=given.vocabulary, num_hidden_layers=given.layers,
-        intermediate_size=6144, norm_topk_prob=True, tie_word_embeddings=False,
-    )  # fmt: skip
+    config = shape_of(given, given.layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -154,6 +188,22 @@ def steps_of(given: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         step.forget()
     return {"seconds": statistics.median(seconds[1:])}
+
+
+def halves_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of steps of ``layers`` and of twice as many, in turns on one model."""
+    few, given.layers = given.layers, 2 * given.layers
+    model = adapted(mixture(given), given).train()
+    ids = torch.randint(0, given.vocabulary, (given.rows, given.length), generator=torch.Generator().manual_seed(1))
+    step, found = contenders.Step(model, ids, optimizer=True), {few: [], 2 * few: []}
+    for _ in range(1 + given.steps):
+        for layers, seconds in found.items():
+            model.config.num_hidden_layers = layers
+            started = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+            step.forget()
+    return {"few": found[few][1:], "twice": found[2 * few][1:]}
 
 
 def floor(given: argparse.Namespace) -> dict[str, float]:
@@ -208,12 +258,51 @@ def page(runs: list[results.Run]) -> list[str]:
         "The shape of Qwen3-30B-A3B (128 experts, 8 a token) with random weights. A step: forward, backward and AdamW. "
         f"LoRA, r = {contenders.R}, on attention, or on attention and every expert. Each side in a process of its own.",
         "",
-        *results.table(HEADINGS, [row for run in runs for row in cells(run)]),
+        *results.table(HEADINGS, [row for run in runs if "sides" in run for row in cells(run)]),
         "",
         "*Of the bound*: a multiple of the time to read the packed experts twice (forward and backward) at the "
         "measured bandwidth, and to multiply each token with the weights that it visits, twice, at the measured rate "
         "of products in 8 bits; for NF4. *Peak*: the largest anonymous memory of the process, weights included.",
+        *(whole_page(runs) if any("halves" in run for run in runs) else []),
     ]
+
+
+def whole_page(runs: list[results.Run]) -> list[str]:
+    return [
+        "",
+        f"## {WHOLE} layers, planned",
+        "",
+        f"No step of {WHOLE} layers was run. Steps of two numbers of layers, in turns on one model, give the time of "
+        "one more, with the base in memory: by the quickest of each, since other programs lengthened some. *By plan*: "
+        "`rankwise plan`, which goes by the speed of one product in bfloat16. Adapters on attention and experts.",
+        "",
+        *results.table(WHOLE_HEADINGS, [row for run in runs if "halves" in run for row in whole_cells(run)]),
+    ]
+
+
+WHOLE_HEADINGS = (
+    *("processor", "layers measured, tokens", "side", "s of the fewer", "s of the more", f"s of {WHOLE}, planned"),
+    *("by plan", "peak GB, by plan", "of them mapped"),
+)
+
+
+def whole_cells(run: results.Run) -> list[list[str]]:
+    lines = []
+    for side, method in PLANNED.items():
+        plan, few, twice = run["plan"][method], *(min(run["halves"][side][name]) for name in ("few", "twice"))
+        whole = few + (WHOLE - run["layers"]) * (twice - few) / run["layers"]
+        lines.append(
+            [
+                results.processor(run),
+                f"{run['layers']} and {2 * run['layers']}, {run['rows']} x {run['length']}",
+                side,
+                *(results.number(seconds, 2) for seconds in (few, twice)),
+                *(f"{seconds:.0f}" for seconds in (whole, plan["seconds"])),
+                results.number(plan["peak"] / 1e9, 1),
+                results.number(plan["mapped"] / 1e9, 1),
+            ]
+        )
+    return lines
 
 
 HEADINGS = (
