@@ -147,7 +147,8 @@ def test_empty_and_odd() -> None:
 
 
 def test_tables_are_plain_whoever_asks_first() -> None:
-    for kept in (packed_weight.code_values, packed_weight.code_bounds, packed_weight.dynamic_map):
+    made = (packed_weight.code_values, packed_weight.code_bounds, packed_weight.dynamic_map, packed_weight.code_table)
+    for kept in made:
         kept.cache_clear()  # type: ignore[attr-defined]
 
     def transformed(x: torch.Tensor) -> torch.Tensor:
@@ -156,6 +157,7 @@ def test_tables_are_plain_whoever_asks_first() -> None:
 
     torch.func.grad(transformed)(torch.ones(3))
     with FakeTensorMode():
+        assert packed_weight.code_table("nf4").value[0] == -1
         packed_weight.code_bounds("nf4", CPU)
     with torch.inference_mode():
         packed_weight.dynamic_map(CPU)

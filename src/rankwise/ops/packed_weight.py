@@ -159,13 +159,15 @@ class CodeTable:
 @cache
 def code_table(quant_type: str) -> CodeTable:
     """The table of one of ``PACKED_TYPES``; KeyError for any other name (the public functions check first)."""
-    values = {"nf4": torch.tensor(_NF4, dtype=torch.float32), "fp4": torch.tensor(_FP4, dtype=torch.float32) / 12}
-    # llama.cpp's (code - 8) d, with the scale -8 d: the element of the largest magnitude, and its sign.
-    values["q4_0"] = 1 - torch.arange(16, dtype=torch.float32) / 8
-    value = values[quant_type]
-    order = torch.argsort(value, stable=True)
-    bound = (value[order][:-1] + value[order][1:]) / 2
-    return CodeTable(tuple(value.tolist()), tuple(bound.tolist()), tuple(order.tolist()))
+    # Also where the first to ask is a trace on tensors without values, whose numbers are all 1.
+    with plain_tensors():
+        values = {"nf4": torch.tensor(_NF4, dtype=torch.float32), "fp4": torch.tensor(_FP4, dtype=torch.float32) / 12}
+        # llama.cpp's (code - 8) d, with the scale -8 d: the element of the largest magnitude, and its sign.
+        values["q4_0"] = 1 - torch.arange(16, dtype=torch.float32) / 8
+        value = values[quant_type]
+        order = torch.argsort(value, stable=True)
+        bound = (value[order][:-1] + value[order][1:]) / 2
+        return CodeTable(tuple(value.tolist()), tuple(bound.tolist()), tuple(order.tolist()))
 
 
 # The types of bitsandbytes, in which a base can be loaded.
