@@ -81,6 +81,24 @@ def test_a_plan_of_the_same_step_says_the_same_number(rankwise, several, model_f
     assert record["idle_bytes"] == row["idle_bytes"]
 
 
+def test_weights_rounded_once_are_in_the_plan_and_change_no_bit(
+    rankwise, model_folder, rows_file, tmp_path, monkeypatch
+):
+    common = ("--model", model_folder, "--data", rows_file, "--max-steps", 2, "--device", "cpu", "--r", 2)
+    found = {}
+    for length, is_kept in ((128, True), (128, False), (512, False)):
+        with monkeypatch.context() as patch:
+            if not is_kept and length == 128:
+                patch.setattr(guard.MemoryGuard, "keeps_rounded", lambda self, more_bytes: False)
+            folder = tmp_path / f"{length}-{is_kept}"
+            options = ("--output", folder, "--products", "int8", "--batch-size", 8, "--max-length", length, "--packing")
+            done = rankwise("train", *common, *options)
+        assert done.code == 0, done.stderr
+        assert ("rounded once and kept" in done.stdout) == is_kept
+        found[length, is_kept] = (folder / "adapter_model.safetensors").read_bytes()
+    assert found[128, True] == found[128, False]
+
+
 def test_an_evaluation_of_longer_rows_decides(train, tmp_path):
     rows = tmp_path / "long.jsonl"
     rows.write_text(4 * (json.dumps({"prompt": "a ", "completion": "b" * 400}) + "\n"))

@@ -183,6 +183,23 @@ def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> N
         guarded.before_training(batch, None, files_of(0))
 
 
+def test_rounded_weights_are_kept_where_the_plan_has_room(model: Path, memory: Any) -> None:
+    memory(10**10)
+    told: list[str] = []
+    guarded = guarding(model, say=told.append)
+    assert not guarded.keeps_rounded(1)
+    guarded.before_loading(fetch_model(str(model)))
+    guarded.before_training(MicroBatch(1, 16, 1.0), None, files_of(0))
+    before = guarded.predicted
+    assert before is not None
+    assert not guarded.keeps_rounded(10**10)
+    assert guarded.predicted is before
+    assert "rounded in every pass: there is no room to keep them (10.0 GB)" in told[-1]
+    assert guarded.keeps_rounded(10**9)
+    assert guarded.predicted.peak_bytes == before.peak_bytes + 10**9 == sum(guarded.predicted.breakdown.values())
+    assert "rounded once and kept: 1.00 GB more, a peak of " in told[-1]
+
+
 def test_processes_share_the_memory(model: Path, memory: Any) -> None:
     memory(10**9)
     guarding(model).before_loading(fetch_model(str(model)))

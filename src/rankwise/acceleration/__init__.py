@@ -14,10 +14,10 @@ from rankwise.acceleration.optimize import (
     Acceleration,
     accelerate_peft,
     calibrate_products,
-    dense_in_eight_bits,
     keep_rounded,
     optimize_for_training,
     restore,
+    rounded_bytes,
 )
 from rankwise.acceleration.parts import use_native_products
 
@@ -28,7 +28,6 @@ __all__ = [
     "accelerate_peft",
     "anonymous_memory_bytes",
     "calibrate_products",
-    "dense_in_eight_bits",
     "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",
@@ -39,6 +38,7 @@ __all__ = [
     "offloaded",
     "optimize_for_training",
     "restore",
+    "rounded_bytes",
     "share_one_heap",
     "use_native_products",
 ]

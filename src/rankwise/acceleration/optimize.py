@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import importlib.util
 import re
 import weakref
@@ -51,7 +52,7 @@ from rankwise.adapters.switch import adapter_disabled
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
 from rankwise.errors import AdapterError
 from rankwise.ops.branch import Frozen
-from rankwise.ops.eight_bit import EightBit, calibrate, settle
+from rankwise.ops.eight_bit import LARGEST, EightBit, calibrate, settle
 from rankwise.ops.kept import offered_by
 from rankwise.ops.selection import is_on_card
 from rankwise.quantization.experts import as_the_step, stacks_in_eight_bits
@@ -202,8 +203,13 @@ def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
     return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
 
 
-def dense_in_eight_bits(model: nn.Module) -> list[Frozen]:
-    """The dense weights whose products are in 8 bits, of layers and of the head."""
+def rounded_bytes(model: nn.Module) -> int:
+    """The bytes that `keep_rounded` takes."""
+    return sum(math.prod(frozen.weight.shape) for frozen in _dense_in_eight_bits(model))
+
+
+def _dense_in_eight_bits(model: nn.Module) -> list[Frozen]:
+    """The calibrated dense weights on the CPU whose products are in 8 bits, of layers and of the head."""
     found = []
     for _, layer in adapted_layers(model):
         if isinstance(adapter := layer.at_work, LowRankPair) and adapter.eight_bit is not None:
@@ -213,14 +219,20 @@ def dense_in_eight_bits(model: nn.Module) -> list[Frozen]:
     if (head := head_in_eight_bits(model)) is not None:
         module: Any = head[1].module
         found.append(Frozen(module.weight, head[1].eight_bit))
-    return found
+    # With AVX2 alone integers are as large as the weight.
+    scales = [frozen.scales for frozen in found]
+    return [
+        frozen
+        for frozen, of in zip(found, scales)
+        if of is not None and of.largest == LARGEST and isinstance(frozen.weight, Tensor) and frozen.weight.is_cpu
+    ]
 
 
 @torch.no_grad()
 def keep_rounded(model: nn.Module) -> None:
-    """Round the calibrated weights of `dense_in_eight_bits` once, and keep their integers beside them, a byte for each
-    element: results stay the same to the bit."""
-    weights = [(frozen.eight_bit, frozen) for frozen in dense_in_eight_bits(model)]
+    """Round dense weights of products in 8 bits once, and keep their integers beside them, a byte for each element,
+    instead of rounding them in every pass: results stay the same to the bit."""
+    weights = [(frozen.eight_bit, frozen) for frozen in _dense_in_eight_bits(model)]
     for eight_bit, _ in weights:
         assert eight_bit is not None, "its products are in 8 bits"
         eight_bit.keeps_rounded = True

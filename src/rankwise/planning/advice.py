@@ -80,6 +80,21 @@ def verdict_of(estimate: MemoryEstimate, memory_bytes: int, mapped_bytes: int = 
     return "fits" if estimate.most_bytes <= memory_bytes else "tight"
 
 
+def with_rounded(estimate: MemoryEstimate, more_bytes: int) -> MemoryEstimate:
+    """The estimate with integers of the frozen weights kept beside them, which no file maps."""
+    breakdown = {**estimate.breakdown, "overhead": estimate.breakdown["overhead"] + more_bytes}
+    return dataclasses.replace(estimate, peak_bytes=estimate.peak_bytes + more_bytes, breakdown=breakdown)
+
+
+def rounded_words(estimate: MemoryEstimate, more_bytes: int, *, fits: bool) -> str:
+    """Whether weights of 8-bit products are rounded once; the estimate counts the bytes that this takes."""
+    if fits:
+        return (
+            f"8-bit weights are rounded once and kept: {byte_size(more_bytes)} more, a peak of {peak_words(estimate)}"
+        )
+    return f"8-bit weights are rounded in every pass: there is no room to keep them ({byte_size(more_bytes)})"
+
+
 def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
     """The largest micro-batch whose peak is within the memory; 0 where one row is too large."""
     return _largest(estimate, method, workload, memory_bytes, name="batch_size", unit=1, most=MOST_ROWS)

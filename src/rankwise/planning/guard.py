@@ -20,7 +20,9 @@ from rankwise.planning.advice import (
     disk_words,
     mapped_weights,
     peak_words,
+    rounded_words,
     verdict_of,
+    with_rounded,
 )
 from rankwise.planning.extend import Traces
 from rankwise.planning.facts import ModelFacts, read_model
@@ -134,6 +136,17 @@ class MemoryGuard:
         if run.hardware.device_type == "cpu":
             return predicted.peak_bytes, predicted.idle_bytes
         return comparable(predicted), 0
+
+    def keeps_rounded(self, more_bytes: int) -> bool:
+        run, predicted = self._run, self.predicted
+        if run is None or predicted is None:
+            return False
+        larger = with_rounded(predicted, more_bytes)
+        fits = self._verdict(run, larger) == "fits"
+        if fits:
+            self.predicted = larger
+        self.say(rounded_words(larger, more_bytes, fits=fits))
+        return fits
 
     def _with_loaded(self, predicted: MemoryEstimate, mapped: MappedFiles) -> MemoryEstimate:
         """The prediction with what loading has left beside the model, in place of the plan's median: a tokenizer, many

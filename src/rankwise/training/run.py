@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rankwise.acceleration import grow_segments, limit_generated_kernels, restore
+from rankwise.acceleration import grow_segments, keep_rounded, limit_generated_kernels, restore, rounded_bytes
 from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
@@ -27,6 +27,7 @@ from rankwise.compat.system import cache_folder
 from rankwise.compat.torch import is_unit
 from rankwise.config import StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
+from rankwise.constants import MOST_ROUNDED_ONCE
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
@@ -42,7 +43,7 @@ from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
-from rankwise.training.batches import own_parts, token_rows
+from rankwise.training.batches import MicroBatch, own_parts, token_rows
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import LEARNING, make_loop, paced
 from rankwise.training.loop import PROGRESS_FILE, Loop, coming_batches
@@ -517,7 +518,20 @@ def _predicted_peak(
         if packed_length is not None:
             batch = dataclasses.replace(batch, rows=step.pace.batch_size, tokens=packed_length)
         found = foresight.before_training(batch, step.objective.largest_evaluation(), mapped_files(model))
+        if found is not None and (more := _kept_bytes(batch, model, foresight)):
+            found = found[0] + more, found[1]
     return max((one for one in ranks.gathered(found) if one is not None), default=(None, None))
+
+
+def _kept_bytes(batch: MicroBatch, model: nn.Module, foresight: Foresight) -> int:
+    """The bytes of weights that are rounded once, where a pass has few tokens and the plan has room."""
+    if batch.rows * batch.tokens > MOST_ROUNDED_ONCE:
+        return 0
+    more = rounded_bytes(model)
+    if not more or not foresight.keeps_rounded(more):
+        return 0
+    keep_rounded(model)
+    return more
 
 
 def _record(

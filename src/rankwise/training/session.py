@@ -91,6 +91,9 @@ class Foresight(Protocol):
         Returns the bytes of the expected peak, as the run's ``MemoryMeter`` measures it, and of the idle process in it.
         """
 
+    def keeps_rounded(self, more_bytes: int) -> bool:
+        """Called after it: whether rounded weights may be kept, which take so many bytes more than that peak."""
+
 
 class Retention(Protocol):
     """Measures a run on the retained rows. The command line connects the two, as it does with the memory plan.

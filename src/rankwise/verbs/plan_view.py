@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.constants import MOST_ROUNDED_ONCE
 from rankwise.methods import method_of
-from rankwise.planning.advice import disk_words, mapped_weights, peak_words
+from rankwise.planning.advice import disk_words, mapped_weights, peak_words, verdict_of, with_rounded
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD, eight_bits_share
+from rankwise.planning.workload import DTYPE_BYTES
 from rankwise.reports.numbers import byte_size, duration, plural
 from rankwise.verbs.output import Output, light_table
 
@@ -219,6 +221,7 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
             "times hold if train's measurement on the model and its first rows admits 8-bit products of frozen "
             f"weights; else adapters' steps take {1 / share:.1f} times as long, with the same peak.",
         )
+        yield from rounded_lines(plan)
     if plan.hardware.device_type == "cuda" and any(method_of(row.estimate.method).four_bits for row in plan.rows):
         yield "", "4-bit weights are made dense anew in every pass: what that takes is calibrated on published steps."
     if plan.workload.devices > 1:
@@ -234,6 +237,19 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
             seen.setdefault(note, []).append(row.estimate.method)
     for note, methods in seen.items():
         yield "note", note if len(methods) == len(plan.rows) else f"{', '.join(methods)}: {note}"
+
+
+def rounded_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Where rounded weights are kept between passes. Not every weight of the base is rounded."""
+    dense = [row for row in plan.rows if eight_bits_share(row.estimate.method, plan.workload) < 1]
+    dense = [row for row in dense if not method_of(row.estimate.method).four_bits]
+    if not dense or plan.workload.sequences * plan.workload.max_length > MOST_ROUNDED_ONCE:
+        return
+    more = dense[0].estimate.breakdown["weights"] // DTYPE_BYTES[plan.workload.dtype]
+    larger = [with_rounded(row.estimate, more) for row in dense]
+    fit = [each.method for each in larger if verdict_of(each, plan.hardware.memory_bytes) == "fits"]
+    where = f"which fits with {', '.join(fit)}" if fit else "for which there is no room"
+    yield "", f"in so short passes, dense weights are rounded once and kept: at most {byte_size(more)} more, {where}."
 
 
 def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
