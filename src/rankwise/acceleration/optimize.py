@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import importlib.util
+import math
 import re
 import weakref
 from collections.abc import Callable
