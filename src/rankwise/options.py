@@ -11,7 +11,7 @@ import enum
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
@@ -86,6 +86,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
     )
+    # Options that a settings file may hold for another command, and that count only where they are given by themselves.
+    only_given: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -261,8 +263,9 @@ def read_settings(
 
     Raises ConfigError: RW102 for a file that cannot be read, RW103 with every wrong or unknown key in one message.
     """
+    of_file = read_settings_file(file) if file else {}
     merged = {
-        **(read_settings_file(file) if file else {}),
+        **{key: value for key, value in of_file.items() if key not in kind.only_given},
         **{key: value for key, value in given.items() if value is not None},
     }
     if earlier is not None:

@@ -410,3 +410,11 @@ def test_rows_of_data_are_counted_as_the_run_lays_them(rankwise, tmp_path):
 def test_what_data_say_is_not_given_twice(plan, tmp_path, more):
     done = plan("--data", rows_of(tmp_path, 4, "one"), *more)
     assert (done.code, "RW112" in done.stderr) == (2, True)
+
+
+def test_data_of_a_settings_file_are_not_read(plan, tmp_path):
+    """A recipe is planned before its data are there, and with rewards, whose rows cannot be counted."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: not-there.jsonl\nobjective: grpo\nmethod: lora\n", encoding="utf-8")
+    done = plan("--config", file, "--json")
+    assert (done.code, done.document["counted_rows"]) == (0, None)

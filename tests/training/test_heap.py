@@ -58,7 +58,7 @@ def test_no_graph_lies_between_the_activations_of_the_next_step(loop_of):
             return super().end_step(step, means, is_logged=is_logged)
 
     loop.objective.loss = loss
-    loop.fit(Watched(loop.model, loop.progress, watch.MemoryMeter("cpu")))
+    loop.fit(Watched(model=loop.model, progress=loop.progress, memory=watch.MemoryMeter("cpu")))
     assert [known for known, _ in seen] == [False, True, True]
     assert not any(graph for _, alive in seen for graph in alive)
 

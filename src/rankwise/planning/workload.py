@@ -51,6 +51,9 @@ def planned_methods() -> tuple[str, ...]:
 class PlanSettings(ModelOptions, TextOptions, LengthOptions, StepOptions):
     """The options of ``rankwise plan``. Without ``data``, every row is taken to be ``max_length`` tokens long."""
 
+    # A plan for data that are still elsewhere reads none.
+    only_given = ("data",)
+
     model: Annotated[
         str | None,
         _model("Hub id, folder, .gguf file, or `demo`; its weights are not read.", metavar="M"),
