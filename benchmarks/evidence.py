@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -71,8 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**about, "cells": {}}
     for cell in [cell for cell in cells() if str(cell) not in run["cells"]][: given.cells]:
         print(cell, file=sys.stderr, flush=True)
-        run["cells"][str(cell)] = {**measured(cell, given), "commit": about["versions"]["rankwise"]}
+        run["cells"][str(cell)] = {**measured(cell, given), "commit": commit(about)}
         results.publish(given.output, "evidence", run, page, file.stem)
+
+
+def commit(about: dict[str, Any]) -> str:
+    """That of this tree; without git the version that is installed."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or str(about["versions"]["rankwise"])
 
 
 def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
