@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def commit(about: dict[str, Any]) -> str:
     """That of this tree; without git the version that is installed."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or str(about["versions"]["rankwise"])
 
 

@@ -418,3 +418,11 @@ def test_data_of_a_settings_file_are_not_read(plan, tmp_path):
     file.write_text("data: not-there.jsonl\nobjective: grpo\nmethod: lora\n", encoding="utf-8")
     done = plan("--config", file, "--json")
     assert (done.code, done.document["counted_rows"]) == (0, None)
+
+
+def test_a_pair_counts_as_two_rows_in_the_time_of_a_run(plan):
+    of_pairs, of_rows = (
+        plan("--method", "lora", "--rows", 8, "--objective", objective, "--json").document["run_tokens"]
+        for objective in ("dpo", "sft")
+    )
+    assert of_pairs == 2 * of_rows

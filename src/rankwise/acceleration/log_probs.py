@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.attention import close, has_window
@@ -82,6 +82,15 @@ def token_scores(
     return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
 
 
+def config_obstacle_to_sharing(text: PreTrainedConfig) -> str | None:
+    """What in a model's configuration keeps common beginnings in each row, or None."""
+    if has_window(text):
+        return "some layers have a window"
+    if hasattr(text, "output_router_logits"):
+        return "the balancing loss of its experts counts the tokens of every row"
+    return None
+
+
 def sharing_obstacle(model: PreTrainedModel) -> str | None:
     """Why common beginnings of rows cannot be laid once, or None; tested where no layer has a window."""
     if fused_head(model) is None:
@@ -89,10 +98,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
     text = model.config.get_text_config()
     if attention_of(model.config) != attention.NAME or next(model.parameters()).device.type != "cpu":
         return "the attention in use takes no ranges of keys"
-    if has_window(text):
-        return "some layers have a window"
-    if hasattr(text, "output_router_logits"):
-        return "the balancing loss of its experts counts the tokens of every row"
+    if why_not := config_obstacle_to_sharing(text):
+        return why_not
     # Without values there is nothing to compare.
     if is_fake(next(model.parameters())):
         return None

@@ -12,15 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from rankwise.acceleration import Acceleration
-from rankwise.acceleration.attention import config_obstacle, has_window, head_width, obstacle
+from rankwise.acceleration.attention import config_obstacle, head_width, obstacle
 from rankwise.acceleration.layouts import Layout
+from rankwise.acceleration.log_probs import config_obstacle_to_sharing
 from rankwise.compat.transformers import attention_of
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.models import ModelSource, load_skeleton
 from rankwise.models.load import load_tokenizer
 from rankwise.objectives import OBJECTIVES
-from rankwise.planning.workload import SHARED, PlanSettings, Workload
+from rankwise.planning.workload import SHARED, PlanSettings, Workload, sequences_of
 from rankwise.training.batches import MicroBatch
 from rankwise.training.learning import LEARNING, paced
 from rankwise.training.loop import coming_batches
@@ -80,8 +81,9 @@ def count(settings: PlanSettings, source: ModelSource, workload: Workload) -> Co
     sizes = []
     for batch in itertools.islice(coming_batches(objective, pace), COUNTED):
         own = objective.largest_batch([batch])
-        sizes.append(own.rows * own.tokens)
-    batches = pace.total_steps * pace.gradient_accumulation
+        sizes.append(own.rows * own.tokens * sequences_of(asked.objective))
+    # An epoch's batches are those of all devices; --max-steps are steps of each.
+    batches = pace.total_steps * pace.gradient_accumulation * (settings.devices if settings.max_steps else 1)
     return Counted(len(data.train.dataset), largest, math.ceil(statistics.mean(sizes) * batches), labels)
 
 
@@ -106,5 +108,5 @@ def layout_of(model: PreTrainedModel, workload: Workload) -> Layout:
         return "flat" if computing.packing else "padded"
     shares = computing.share_prompts
     drops = workload.lora_dropout > 0 and shares == "auto"
-    apart = shares == "off" or drops or has_window(text) or hasattr(text, "output_router_logits")
+    apart = shares == "off" or drops or config_obstacle_to_sharing(text) is not None
     return "flat" if apart else "shared"
