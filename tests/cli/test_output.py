@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -123,3 +125,9 @@ def test_the_console_shows_the_losses_that_are_logged(rankwise, model_folder, ro
     assert shown == [(str(line["step"]), f"{line['loss']:.4f}") for line in read_metrics(tmp_path / "run")]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["device"]["wait_policy"] == {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
+
+
+def test_a_program_that_runs_notebooks_is_not_in_one(monkeypatch):
+    """Such a program has ipykernel's modules, but no kernel."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    assert not Output().is_notebook

@@ -78,7 +78,9 @@ class Output:
 
     @property
     def is_notebook(self) -> bool:
-        return "ipykernel" in sys.modules
+        """Whether a notebook's kernel runs this program; one that runs notebooks has ipykernel's modules, too."""
+        ipython = sys.modules.get("IPython")
+        return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[object]:
         """A spinner on a terminal, nothing elsewhere."""
