@@ -274,7 +274,8 @@ def whole_page(runs: list[results.Run]) -> list[str]:
         "",
         f"No step of {WHOLE} layers was run. Steps of two numbers of layers, in turns on one model, give the time of "
         "one more, with the base in memory: by the quickest of each, since other programs lengthened some. *By plan*: "
-        "`rankwise plan`, which goes by the speed of one product in bfloat16. Adapters on attention and experts.",
+        "`rankwise plan`, which goes by the speed of one product in bfloat16 and in 8 bits. Adapters on attention and "
+        "experts.",
         "",
         *results.table(WHOLE_HEADINGS, [row for run in runs if "halves" in run for row in whole_cells(run)]),
     ]

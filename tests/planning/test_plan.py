@@ -123,7 +123,7 @@ def test_processes_on_this_processor_share_its_memory_and_its_cores(
 ) -> None:
     machine = dataclasses.replace(cpu_hardware(), memory_bytes=8 * 10**9, cores=4)
     monkeypatch.setattr(hardware, "this_machine", lambda: machine)
-    monkeypatch.setattr(speed, "measured_flops", lambda *_: 1e11)
+    monkeypatch.setattr(speed, "measured_flops", lambda *_: 1e10)
     one, four = (make_plan(settings(model, method="lora", devices=count)) for count in (1, 4))
     assert (one.hardware.memory_bytes, four.hardware.memory_bytes) == (8 * 10**9, 2 * 10**9)
     # Each launches operators and steps an optimizer of its own.

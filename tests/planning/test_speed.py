@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
+from rankwise.ops.cpu import products
 from rankwise.planning import Workload, speed
 from rankwise.planning.facts import facts_of, read_model
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
-    AVX_VNNI_SHARE,
+    BESIDE_PRODUCTS,
     DEQUANTIZE_SHARE,
-    EIGHT_BITS_SHARE,
     OPTIMIZER_SECONDS,
     RUN_SHARES,
     STEP_SHARE,
     Pace,
     device_seconds,
+    eight_bits_share,
     expert_bytes,
     flops_per_token,
     launch_seconds,
@@ -112,23 +116,27 @@ def test_methods_differ_as_in_measured_whole_runs(method):
 
 
 @pytest.mark.parametrize(
-    ("objective", "dtype", "flags", "share"),
+    ("given", "part"),
     [
-        ("sft", "bfloat16", {"avx512_bf16"}, EIGHT_BITS_SHARE),
-        ("grpo", "bfloat16", {"avx512_bf16"}, 1),
-        ("sft", "float32", {"avx512_bf16", "avx_vnni"}, 1),
-        ("sft", "bfloat16", {"avx512_bf16", "amx_bf16"}, 1),
-        ("sft", "float32", {"avx_vnni"}, AVX_VNNI_SHARE),
-        ("sft", "float32", {"avx2"}, 1),
+        ({}, 0.4),
+        ({"products": "int8", "objective": "grpo"}, 0.4),
+        ({}, 1.0),
+        ({"objective": "grpo"}, None),
+        ({"products": "bfloat16"}, None),
+        ({"device_type": "cuda"}, None),
     ],
 )
-def test_products_in_8_bits_are_known(objective, dtype, flags, share, monkeypatch):
-    monkeypatch.setattr(speed, "cpu_flags", lambda: flags)
-    auto = dataclasses.replace(SHORT, device_type="cpu", objective=objective, dtype=dtype)
-    both = dataclasses.replace(auto, products="bfloat16"), auto
-    facts, pace = facts_of(LLAMA_7B), Pace(1e12, None, "")
-    usual, found = (device_seconds(toy_estimate("lora", work), facts, work, pace) for work in both)
-    assert found == pytest.approx(share * usual)
+def test_products_in_8_bits_take_their_measured_part(given, part, monkeypatch):
+    """Beside what a step takes besides; ``part`` None: not even measured."""
+    asked = []
+    monkeypatch.setattr(speed, "measured_integers", lambda dtype: asked.append(dtype) or part)
+    work = dataclasses.replace(SHORT, **{"device_type": "cpu"} | given)
+    share = 1 if part is None else (part + BESIDE_PRODUCTS) / (1 + BESIDE_PRODUCTS)
+    assert eight_bits_share("lora", work) == pytest.approx(share)
+    assert bool(asked) == (part is not None)
+    facts, pace, own = facts_of(LLAMA_7B), Pace(1e12, None, ""), toy_estimate("lora", work)
+    usual = device_seconds(own, facts, dataclasses.replace(work, products="bfloat16"), pace)
+    assert device_seconds(own, facts, work, pace) == pytest.approx(share * usual)
 
 
 def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
@@ -160,20 +168,68 @@ def test_a_processor_is_measured_and_remembered(monkeypatch, tmp_path):
     assert pace_of(machine, "float32").flops_per_second == STEP_SHARE * measured / 2
 
 
-def test_a_processor_reads_the_experts_that_a_token_visits(monkeypatch):
-    """Two tokens visit 1 - (3 / 4)^2 of them, many tokens all; where memory is slow, it decides."""
+def test_threads_that_wait_for_each_other_are_not_measured():
+    """Nothing is computed on several threads, and what the thread waits for is not its time."""
+    threads, seen = torch.get_num_threads(), set()
+
+    def call():
+        seen.add(torch.get_num_threads())
+        time.sleep(0.01)
+        sum(range(20_000))
+
+    torch.set_num_threads(2)
+    assert 0 < products.seconds_alone(call, 0.005) < 0.01
+    assert (seen, torch.get_num_threads()) == ({1}, 2)
+    torch.set_num_threads(threads)
+
+
+def test_a_mixture_takes_the_longer_of_arithmetic_and_memory(monkeypatch):
+    """Arithmetic is that of the experts that a token visits, however many there are. Two tokens read 1 - (3 / 4)^2 of
+    the experts, many tokens all."""
     config = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "tie_word_embeddings": False}
-    facts = facts_of({**config, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32})
-    stacked = 2 * 8 * 3 * 64 * 32
-    work = Workload(device_type="cpu", batch_size=1, max_length=2, dtype="bfloat16")
-    assert expert_bytes("lora", facts, work) == pytest.approx(2 * stacked * 7 / 16)
+    config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    facts, one = facts_of({**config, "num_experts": 8}), 2 * 3 * 64 * 32
+    work = Workload(device_type="cpu", batch_size=1, max_length=2, dtype="bfloat16", products="bfloat16")
+    assert expert_bytes("lora", facts, work) == pytest.approx(2 * 8 * one * 7 / 16)
     work = dataclasses.replace(work, max_length=512)
-    assert expert_bytes("lora", facts, work) == pytest.approx(2 * stacked)
-    assert expert_bytes("qlora", facts, work) == pytest.approx(speed.PACKED_BYTES * stacked)
-    assert expert_bytes("lora", facts_of(config), work) == 0
-    own, fast = toy_estimate("lora", work), Pace(1e18, None, "as given")
-    monkeypatch.setattr(speed, "memory_bandwidth", lambda: 1e3)
-    assert device_seconds(own, facts, work, fast) == pytest.approx(2 * 2 * stacked / 1e3)
+    assert expert_bytes("lora", facts, work) == pytest.approx(2 * 8 * one)
+    assert expert_bytes("qlora", facts, work) == pytest.approx(speed.PACKED_BYTES * 8 * one)
+    assert expert_bytes("lora", facts_of({**config, "num_experts": 0}), work) == 0
+    own, pace = toy_estimate("lora", work), Pace(1e12, None, "as given")
+    more = dataclasses.replace(own, total_parameters=own.total_parameters + 120 * one)
+    for bandwidth, times in ((1e18, 1), (1e3, 16)):
+        monkeypatch.setattr(speed, "memory_bandwidth", lambda bandwidth=bandwidth: bandwidth)
+        few = device_seconds(own, facts, work, pace)
+        many = device_seconds(more, facts_of({**config, "num_experts": 128}), work, pace)
+        assert many == pytest.approx(times * few, rel=1e-3)
+    assert few == pytest.approx(2 * 2 * 8 * one / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("side", "method", "products"),
+    [("ours", "lora", "bfloat16"), ("ours, 8 bits", "lora", "int8"), ("ours, NF4, 8 bits", "qlora", "int8")],
+)
+def test_a_mixture_is_planned_as_it_was_measured(side, method, products, monkeypatch):
+    """Two layers of Qwen3-30B-A3B's shape, adapters on attention and experts, by the products of that processor: 274
+    GFLOP/s on two threads, 0.28 of their time in 8 bits."""
+    measured = json.loads((RESULTS / "mixtures_avx512_bf16.json").read_text())
+    width, expert, vocabulary = 2048, 3 * 2048 * 768, measured["vocabulary"]
+    facts = facts_of(
+        {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": vocabulary, "tie_word_embeddings": False}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    )
+    attention = 2 * width * 4096 + 2 * width * 512
+    work = Workload(device_type="cpu", batch_size=2, max_length=256, products=products, target_parameters=["experts"])
+    own = dataclasses.replace(
+        toy_estimate(method, work),
+        total_parameters=2 * (vocabulary * width + attention + 128 * expert),
+        trainable_parameters=2 * 128 * 16 * (width + 1536 + 768 + width),
+    )
+    monkeypatch.setattr(speed, "measured_integers", lambda dtype: 0.28)
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda: measured["floor"]["bytes_a_second"])
+    planned = step_seconds(own, facts, work, Pace(STEP_SHARE * 274e9, None, ""), 1)
+    rows = [row for row in measured["sides"] if row["side"] == side and row["adapted"] == "attention and experts"]
+    assert planned == pytest.approx(statistics.median(rows[0]["seconds"]), rel=0.25)
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):

@@ -11,14 +11,14 @@ which e process each token. Imports torch only to measure.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import sys
 import time
 
 from rankwise.config import keeps_file_bits
 from rankwise.conflicts import takes_eight_bit
 from rankwise.methods import method_of
-from rankwise.models.device import cpu_flags, cpu_name
+from rankwise.models.device import cpu_name
 from rankwise.objectives import OBJECTIVES
 from rankwise.planning.facts import ModelFacts
 from rankwise.planning.hardware import Hardware, find_card, measured_here, of_card
@@ -36,13 +36,12 @@ STEP_SHARE = 0.5
 RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
 # AdamW on one core of an AMD EPYC (Zen 5), with clipping, for each trained parameter in float32.
 OPTIMIZER_SECONDS = 7.5e-9
-# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md): of bfloat16's with AVX-512
-# VNNI, of float32's with AVX-VNNI alone.
-EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.5
+# What a LoRA step takes beside its frozen products, as a part of their time.
+BESIDE_PRODUCTS = 0.3
 # The bytes that are read to measure a processor's memory, more than its caches hold.
 READ_BYTES = 1 << 28
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
-PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
+PRODUCT, PRODUCT_SECONDS = (512, 1024, 1024), 0.25
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
 HOST_LINK_BYTES_PER_SECOND = 20e9
 # The GPU whose figures replace those of an unknown device where only ratios of times are needed.
@@ -111,18 +110,31 @@ def _product_flops(dtype: str) -> float:
     import torch
 
     from rankwise.ops.branch import linear_out
+    from rankwise.ops.cpu.products import seconds_alone
 
     T, K, N = PRODUCT
     x, weight, out = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((T, K), (N, K), (T, N)))
-    seconds = [math.inf]
-    # The first product packs the weight, and other programs may take most of the time.
-    while sum(seconds[2:]) < PRODUCT_SECONDS or len(seconds) < LEAST_PRODUCTS:
-        begun = time.perf_counter()
-        linear_out(x, weight, out)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * T * K * N / min(seconds)
+    seconds = seconds_alone(lambda: linear_out(x, weight, out), PRODUCT_SECONDS)
+    return torch.get_num_threads() * 2 * T * K * N / seconds
 
 
+def measured_integers(dtype: str) -> float:
+    """The time of a product in 8 bits on this processor, as a part of that in ``dtype``; 1 where it is not taken."""
+    key = f"{cpu_name()}, 8 bits beside {dtype}"
+    return measured_here(key, lambda: _integers_part(dtype), again="torch" in sys.modules)
+
+
+def _integers_part(dtype: str) -> float:
+    import torch
+
+    from rankwise.ops.cpu import products
+    from rankwise.ops.cpu.native import level
+
+    of = getattr(torch, dtype)
+    return products.seconds_of_integers(of, level()) if products.bytes_pay(of) else 1.0
+
+
+@functools.cache
 def memory_bandwidth() -> float:
     """Bytes per second that this processor reads from memory, with all of torch's threads."""
     return measured_here(f"{cpu_name()}, memory", _read_bytes_per_second, again="torch" in sys.modules)
@@ -227,17 +239,15 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
 
 
 def eight_bits_share(method: str, workload: Workload) -> float:
-    """The share of the time that a step takes in 8 bits, if the run's measurement admits them; 1 where it does not take
-    them. As `training.step.choose` without torch; what `ops.cpu.products.bytes_pay` measures counts as no gain."""
+    """The share of the time that a step takes in 8 bits, if the run's measurement admits them: of c, what it takes
+    beside products, and their part q, (q + c) / (1 + c); 1 where it does not take them, as `training.step.choose`."""
     is_chosen = workload.products == "int8" or (
         workload.products == "auto" and not OBJECTIVES[workload.objective].of_rewards
     )
-    if not is_chosen or not takes_eight_bit(method, workload.objective, workload.strategy, workload):
+    taken = is_chosen and takes_eight_bit(method, workload.objective, workload.strategy, workload)
+    if not taken or workload.device_type != "cpu":
         return 1.0
-    flags = cpu_flags() if workload.device_type == "cpu" else set()
-    if "avx512_bf16" in flags:
-        return EIGHT_BITS_SHARE if workload.dtype == "bfloat16" and "amx_bf16" not in flags else 1.0
-    return AVX_VNNI_SHARE if "avx_vnni" in flags else 1.0
+    return (measured_integers(workload.dtype) + BESIDE_PRODUCTS) / (1 + BESIDE_PRODUCTS)
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:

@@ -13,7 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -122,23 +122,30 @@ def bytes_pay(dtype: torch.dtype) -> bool:
 @functools.cache
 @plain_tensors()
 def seconds_of_integers(dtype: torch.dtype, level: str) -> float:
-    """The time of a small product of integers, as a part of that of the same product in ``dtype``. On one thread, by
-    its clock: beside other programs, several wait for each other. A plan asks too, where tensors would be fake."""
+    """The time of a small product of integers, as a part of that of the same product in ``dtype``. A plan asks too,
+    where tensors would be fake."""
     x, W, out = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
     scales, factor = Scales.of(W, torch.ones(512), largest()), Factor.of(W)
     assert factor is not None, "a dense weight"
     q, a = quantize_rows(x, scales.per_channel)
-    terms = Term(a=x, W=factor), Term(a=q, W=factor, in_bytes=InBytes(a, scales, factor, across=False))
-    threads = torch.get_num_threads()
-    seconds: tuple[list[float], list[float]] = [], []
+    integers = Term(a=q, W=factor, in_bytes=InBytes(a, scales, factor, across=False))
+    terms = Term(a=x, W=factor), integers
+    floats, whole = (seconds_alone(functools.partial(add_products, [term], out), 0.05) for term in terms)
+    return whole / floats
+
+
+def seconds_alone(call: Callable[[], object], least: float) -> float:
+    """Seconds of a call on one thread, by its clock, over ``least`` seconds: beside other programs, several threads
+    wait for each other, and may be slower than one."""
+    threads, calls = torch.get_num_threads(), 0
     torch.set_num_threads(1)
-    for _ in range(20):
-        for term, taken in zip(terms, seconds):
-            start = time.thread_time()
-            add_products([term], out)
-            taken.append(time.thread_time() - start)
+    call()
+    begun = time.thread_time()
+    while (seconds := time.thread_time() - begun) < least:
+        call()
+        calls += 1
     torch.set_num_threads(threads)
-    return min(seconds[1]) / min(seconds[0])
+    return seconds / calls
 
 
 def largest() -> int:
