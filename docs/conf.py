@@ -16,12 +16,16 @@ extensions = [
     "python_page",
     "repository",
 ]
+# Dashes of options stay two, and a word in single backticks of a docstring is code.
+smartquotes = False
+default_role = "code"
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "rankwise"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_js_files = ["versions.js"]

@@ -4,6 +4,7 @@ memory of a step over its course, a comparison with its report.
 python docs/_ext/pictures.py                   from the records that are kept there
 python docs/_ext/pictures.py --trace           the same, with `step.json` made anew
 python docs/_ext/pictures.py --keep FOLDER     the same, with `comparison` taken from the folder of a comparison
+python docs/_ext/pictures.py --time FOLDER     the same, with `standing.json` taken from one that had a `--time`
 
 `step.json` holds what the traces of two steps of the plan found. `plan.json` holds what the first command prints, with
 the fields that are drawn, `losses.json` the losses that the second one wrote to `metrics.jsonl`, and `comparison` what
@@ -92,7 +93,7 @@ def plan(record: dict[str, Any]) -> str:
     bottom = top + len(methods) * 36
     at = 74 + limit * scale
     parts.append(f'<line class="limit" x1="{at:.0f}" y1="26" x2="{at:.0f}" y2="{bottom}"/>')
-    return _picture(560, bottom + 38, [*parts, *_legend(bottom + 12)])
+    return _picture(570, bottom + 38, [*parts, *_legend(bottom + 12)])
 
 
 def step(record: dict[str, Any]) -> str:
@@ -178,15 +179,28 @@ def traced() -> dict[str, Any]:
 
 
 def compared() -> dict[str, str]:
-    """The report of the comparison that is kept, and its plot of differences as a file of its own."""
+    """The report of the comparison that is kept, its plot of differences as a file of its own, and a standing."""
     from rankwise.reports import page, plots
     from rankwise.reports.comparison import Comparison
+    from rankwise.reports.words import method_numbers
 
     folder = PICTURES / "comparison"
     found = Comparison(json.loads((folder / "report.json").read_text(encoding="utf-8")), folder)
+    drawn = {"forest.svg": plots.forest(found.differences_from_best())}
+    if (record := PICTURES / "standing.json").exists():
+        timed = json.loads(record.read_text(encoding="utf-8"))
+        drawn["standing.svg"] = plots.standing(timed["standings"], method_numbers(timed["methods"]), timed["best"])
     # In a file of its own a plot has a ground, and the colours of light and dark.
-    forest = str(plots.forest(found.differences_from_best())).replace(">", f">{plots.OWN_STYLE}", 1)
-    return {"forest.svg": f"{forest}\n", "../_static/report.html": page.page(found)}
+    own = {name: str(plot).replace(">", f">{plots.OWN_STYLE}", 1) + "\n" for name, plot in drawn.items()}
+    return own | {"../_static/report.html": page.page(found)}
+
+
+def keep_standing(folder: Path) -> None:
+    """Copy what the plot of the standing over time is made from."""
+    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    kept = {"standings": document["standings"], "methods": [*document["methods"]]}
+    text = json.dumps(kept | {"best": document["recommendation"]["best"]})
+    (PICTURES / "standing.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def keep(folder: Path) -> None:
@@ -266,5 +280,7 @@ if __name__ == "__main__":
         (PICTURES / "step.json").write_text(json.dumps(traced()) + "\n", encoding="utf-8")
     if "--keep" in sys.argv:
         keep(Path(sys.argv[-1]))
+    if "--time" in sys.argv:
+        keep_standing(Path(sys.argv[-1]))
     for name, text in pictures().items():
         (PICTURES / name).write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 HEAD = """# Python
 
@@ -83,10 +83,22 @@ def _arguments(member: Any) -> str:
     return ", ".join([*words[:LONGEST], "..."] if len(words) > LONGEST else words)
 
 
+def fields_of(config: Any) -> str:
+    """The fields of ``LoraConfig`` that are options, each with its help, as a list of definitions."""
+    hints = get_type_hints(config, include_extras=True)
+    parts = [(name, part) for name, hint in hints.items() for part in getattr(hint, "__metadata__", ())]
+    found = [(name, part.description) for name, part in parts if getattr(part, "description", None)]
+    return "\n".join(f"   ``{name}``\n      {help}\n" for name, help in found)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this: the site has a page with the whole docstrings too."""
+    from rankwise import LoraConfig
+
     names = [name for group in GROUPS.values() for name in group.split()]
     directives = [f".. auto{'class' if name[0].isupper() else 'function'}:: rankwise.{name}" for name in names]
+    at = names.index("LoraConfig")
+    directives[at] += f"\n\n{fields_of(LoraConfig)}"
     text = "# Python, in full\n\n```{eval-rst}\n" + "\n".join([*directives, ".. automodule:: rankwise.ops.four_bit"])
     app.connect(
         "builder-inited",

@@ -1,6 +1,6 @@
 """Links of the pages that lead out of ``docs/`` go to the repository, whose address RANKWISE_REPOSITORY holds.
 
-RANKWISE_REF is the branch or tag. Without an address such a link is plain text.
+RANKWISE_REF is the branch or tag. Without an address such a link is text that shows its path under the pointer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def led_out(text: str, page: Path, repository: str, ref: str) -> str:
         path = Path(os.path.normpath(page.parent / match[2]))
         if not path.exists() or path.is_relative_to(ROOT / "docs"):
             return match[0]
-        kind = "tree" if path.is_dir() else "blob"
-        address = f"{repository}/{kind}/{ref}/{path.relative_to(ROOT)}{match[3] or ''}"
-        return f"[{match[1]}]({address})" if repository else match[1]
+        kind, inside = "tree" if path.is_dir() else "blob", path.relative_to(ROOT)
+        if not repository:
+            return f'<abbr title="{inside}">{match[1]}</abbr>'
+        return f"[{match[1]}]({repository}/{kind}/{ref}/{inside}{match[3] or ''})"
 
     return LINK.sub(to_repository, text)
 
