@@ -156,9 +156,7 @@ def test_links_out_of_the_docs_lead_to_the_repository() -> None:
     page = ROOT / "docs" / "tutorials" / "serve.md"
     text = "[a](../../README.md#b) [c](../plan.md) [d](../../nothing.md)"
     assert led_out(text, page, "https://h/o/r", "v1") == text.replace("../../R", "https://h/o/r/blob/v1/R")
-    assert led_out(text, page, "", "v1") == text.replace(
-        "[a](../../README.md#b)", '<abbr title="README.md">a</abbr>'
-    )
+    assert led_out(text, page, "", "v1") == text.replace("[a](../../README.md#b)", '<abbr title="README.md">a</abbr>')
 
 
 def test_the_site_leads_to_the_newest_release(tmp_path: Path) -> None:

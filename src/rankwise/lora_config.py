@@ -60,7 +60,8 @@ class AdapterOptions:
     target_parameters: Annotated[
         Names | None,
         _adapter(
-            'Stacked experts to adapt as well, such as mlp.experts.down_proj. With --target-modules "", only these are adapted.'
+            "Stacked experts to adapt as well, by parameter (mlp.experts.down_proj). "
+            'With --target-modules "", only these are adapted.'
         ),
     ] = None
     # Names match as in target_modules.
