@@ -74,6 +74,7 @@ def test_a_number_is_spelled_as_it_is():
         ("modules_to_save", 3.5, "--modules-to-save is 3.5"),
         ("bias", "some", "--bias is 'some'"),
         ("quant_type", "int4", "--quant-type is 'int4'"),
+        ("learning_rate", -1, "--learning-rate is -1: give a number above 0"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: Any, said: str) -> None:
@@ -81,6 +82,7 @@ def test_a_wrong_value_is_named(name: str, value: Any, said: str) -> None:
         read_settings(TrainSettings, None, {**NEEDED, name: value})
     assert caught.value.code == "RW103"
     assert said in caught.value.message
+    assert caught.value.message.count(" is ") == 1
 
 
 def test_each_objective_has_a_row_with_options_and_formats_that_exist() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -294,18 +295,20 @@ class ObjectiveOptions(PreferenceOptions):
     ] = None
 
 
-def _checked_search(value: str) -> str:
-    """Check that the text is ``auto``, or ``auto:`` and at least two different rates. Raises ValueError."""
-    word, colon, given = value.partition(":")
+def _checked_rate(value: object) -> object:
+    """A rate above 0, ``auto``, or ``auto:`` and at least two different rates. Raises ValueError."""
+    if value is None:
+        return None
+    word, colon, given = str(value).partition(":")
+    is_search = word == "auto"
     try:
-        rates = [float(rate) for rate in comma_list(given)]
+        rates = [float(rate) for rate in (comma_list(given) if is_search else [str(value)])]
     except ValueError:
-        rates = []
-    if word != "auto" or (
-        colon and not (len(set(rates)) == len(rates) > 1 and all(0 < x <= LARGEST_NUMBER for x in rates))
-    ):
+        rates = [math.nan]
+    too_few = bool(colon) and not len(set(rates)) == len(rates) > 1
+    if too_few or not all(0 < rate <= LARGEST_NUMBER for rate in rates):
         raise ValueError("give a number above 0, auto, or auto: with two or more different rates above 0")
-    return value
+    return value if is_search else rates[0]
 
 
 class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
@@ -349,7 +352,8 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
         ),
     ] = None
     learning_rate: Annotated[
-        Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)] | None,
+        float | str | None,
+        BeforeValidator(_checked_rate),
         _training(
             "Peak learning rate; default: by the model's width, method and alpha. auto tries three around the default, "
             "and auto:RATE,RATE,... others, in short runs judged on training rows that these do not see.",

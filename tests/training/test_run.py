@@ -285,6 +285,12 @@ def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypat
     assert "frozen products: int8 (as before)" in watcher.notes
 
 
+def test_products_are_named_by_their_dtype(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "eight_bit_pays", lambda like: False)
+    train(settings(dtype="float32", max_steps=1), watcher := Recorder())
+    assert [note.split()[2] for note in watcher.notes if note.startswith("frozen products")] == ["float32"]
+
+
 def test_a_run_counts_the_seconds_since_the_command_began(settings: Any) -> None:
     seconds = train(settings(max_steps=1), began=time.monotonic() - 1000).wall_seconds
     assert seconds is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from rankwise.acceleration import grow_segments, keep_rounded, limit_generated_kernels, restore, rounded_bytes
 from rankwise.acceleration.layouts import beginnings_in_words
@@ -371,7 +371,7 @@ def _make_step(
 ) -> _Step:
     """The model with faster parts, laid over the processes, and what it learns."""
     model, data = loaded.model, rows.data
-    prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
+    prepared = _accelerated(asked, base, learned.objective, before, loaded, data, observer)
     if OBJECTIVES[learned.objective].has_answers:
         setup.check_labels(data)
         if base.strategy != "fsdp":
@@ -464,23 +464,28 @@ def _accelerated(
     base: Base,
     objective: ObjectiveName,
     before: RunRecord | None,
-    model: PreTrainedModel,
+    loaded: setup.LoadedBase,
     data: setup.Data,
     observer: Observer,
 ) -> Prepared:
     """The model with faster parts. A resumed run keeps the products that it took, also on another machine."""
-    of_run = base.method, objective, base.strategy
+    model, of_run = loaded.model, (base.method, objective, base.strategy)
     if before is not None and before.products:
         products, why = before.products, "as before"
     else:
         products, why = choose(options, *of_run, model)
     if options.products == "auto" and takes_eight_bit(*of_run, options) and why != TO_BE_MEASURED:
-        observer.note(f"frozen products: {products} ({why})")
+        observer.note(f"frozen products: {_dtype_of(products, loaded)} ({why})")
     ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model)
     prepared = prepare_model(model, base.method, objective, part_of(Computing, options, products=products), ids)
     if before is not None and products == "int8" and before.products_measured:
         prepared = taken(prepared, model, products, before.products_measured["left"])
     return prepared
+
+
+def _dtype_of(products: Products, loaded: setup.LoadedBase) -> str:
+    """What the products are computed in, for people: without 8 bits the base's dtype, whichever it is."""
+    return products if products == "int8" else str(loaded.dtype).removeprefix("torch.")
 
 
 def _measured(
@@ -502,7 +507,7 @@ def _measured(
         observer.phase("Measuring 8-bit products")
     found = judge(loaded.model, objective, loaded.autocast, rows, kept_file(cpu_name(), *inputs))
     products: Products = "bfloat16" if found is None else found.products
-    observer.note(f"frozen products: {products} ({TOO_SHORT if found is None else found})")
+    observer.note(f"frozen products: {_dtype_of(products, loaded)} ({TOO_SHORT if found is None else found})")
     prepared = taken(prepared, loaded.model, products, [] if found is None else found.left)
     return prepared, None if found is None else dataclasses.asdict(found)
 
