@@ -348,8 +348,9 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
     # As in PEFT, stacked experts take only LoRA.
     if config.target_parameters is not None and config.use_dora:
         yield (
-            "use_dora is set with target_parameters, and stacked experts take only LoRA: DoRA's norms would read every "
-            "expert once more in each step; leave one of the two out"
+            "use_dora is set with target_parameters, and stacked experts take only LoRA: DoRA's norms would read all "
+            "their weights once more in each step, also of experts that no token visits; take LoRA (--method lora or "
+            "qlora), or leave target_parameters out"
         )
     if config.target_parameters is not None and config.lora_dropout:
         yield (

@@ -10,11 +10,15 @@ from planning_models import skeleton, trace
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
 
+from rankwise.acceleration import parts
 from rankwise.errors import ModelError
 from rankwise.labels import Labels
 from rankwise.models.load import skeleton_of
 from rankwise.ops.experts import rows_per_expert
+from rankwise.ops.selection import native_on_cpu
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.tracker import QuickFakes, StorageTracker
 from rankwise.training.step import TrainingStep
@@ -321,3 +325,19 @@ def test_what_has_values_or_another_device_is_left_to_the_mode():
         fake = torch.ones(2)
         assert quick(aten.mul.Tensor, (fake, real), {}) is NotImplemented
         assert quick(aten.t_.default, (fake,), {}) is NotImplemented
+
+
+def test_rotary_functions_are_told_apart_on_fake_tensors_too(capfd):
+    """A plan replaces those that a run replaces, and torch prints nothing of those that do not fit."""
+
+    def swapped(q, k, cos, sin, unsqueeze_dim=1):
+        return modeling_llama.apply_rotary_pos_emb(q, k, sin, cos)
+
+    for original in (modeling_llama.apply_rotary_pos_emb, modeling_gpt_oss.apply_rotary_pos_emb, swapped):
+        if isinstance(original, parts.FastRope):
+            original = original.original
+        expected = parts._rope_agrees(original, torch.empty(0))
+        with FakeTensorMode():
+            assert parts._rope_agrees(original, torch.empty(0)) == expected
+        assert expected == (original.__module__ == modeling_llama.__name__) or not native_on_cpu()
+    assert "Traceback" not in capfd.readouterr().err
