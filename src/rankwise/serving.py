@@ -18,6 +18,13 @@ from rankwise.methods import PEFT_KINDS, Method, method_of
 # The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
+# {model_type: how vLLM reads adapters on its experts}, by its source (0.32); its build for CPUs serves no mixture with
+# an adapter.
+VLLM_EXPERTS = {
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), "one by one"),
+    "gpt_oss": "stacked",
+}
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
 MODEL_FILE = "model.gguf"
@@ -157,6 +164,8 @@ def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:
     if target == "vllm" and r > VLLM_DEFAULT_RANK and "dora" not in traits:
         value = vllm_rank(r)
         flag = f" and --max-lora-rank {value}" if value else f"; rank {r} is beyond its largest, {VLLM_RANKS[-1]}"
+    if "experts" in traits and target == "vllm":
+        return f"vLLM on a GPU, of {', '.join(VLLM_EXPERTS)}: `rankwise export --for vllm`{flag}"
     if "experts" in traits:
         return f"{server.name}: merge first, {WORDS['experts']} were not tried there"
     export = f"{server.name}: `rankwise export --for {target}`"

@@ -29,7 +29,7 @@ def test_the_plan_has_a_row_for_what_trains_them(rankwise, experts_folder, tmp_p
     for name in ("dora", "qdora"):
         assert methods[name]["failure"]["code"] == "RW101"
         assert "target_parameters" in methods[name]["failure"]["message"]
-    assert done.document["recommendation"]["serving"][1].endswith("not tried there")
+    assert done.document["recommendation"]["serving"][2].endswith("not tried there")
     saved = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     assert saved["target-parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
     assert saved["target-modules"] == []

@@ -57,7 +57,8 @@ def by_peft(make, folder):
 def test_peft_gives_our_logits_with_an_exported_folder(tmp_path, case, target):
     make, settings = CASES[case]
     model = adapted(make, **settings)
-    report = rw.export_adapter(model, tmp_path / "served", target=target)
+    # vLLM reads experts one by one.
+    report = rw.export_adapter(model, tmp_path / "served", target="peft" if case == "experts" else target)
     assert report.conversion is None
     torch.testing.assert_close(by_peft(make, tmp_path / "served"), logits(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(model), logits(make()), atol=1e-2)
@@ -113,6 +114,37 @@ def test_experts_are_refused_where_the_server_takes_none(tmp_path):
     make, settings = CASES["experts"]
     with pytest.raises(AdapterError, match="RW730.*experts"):
         rw.export_adapter(adapted(make, **settings), tmp_path / "served", target="sglang")
+
+
+def test_vllm_gets_each_expert_as_its_linear_layers(tmp_path):
+    """Gate, up and down of each expert, with the update of its part of the stack."""
+    model = adapted(
+        lambda: tiny_moe("qwen3_moe"), target_modules=["q_proj"], target_parameters=EXPERTS, r=3, lora_alpha=6
+    )
+    before = tiny_moe("qwen3_moe").model.layers
+    rw.export_adapter(model, tmp_path / "served", target="vllm")
+    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+    assert config["target_parameters"] is None
+    assert {"q_proj", "gate_proj", "up_proj", "down_proj"} <= set(config["target_modules"])
+    tensors = load_file(tmp_path / "served" / "adapter_model.safetensors")
+    rw.merge_adapter(model)
+    after = model.model.layers
+    for layer in (0, 1):
+        old, new = before[layer].mlp.experts, after[layer].mlp.experts
+        gate, up = (new.gate_up_proj - old.gate_up_proj).chunk(2, dim=1)
+        for part, change in {"gate_proj": gate, "up_proj": up, "down_proj": new.down_proj - old.down_proj}.items():
+            for index in range(8):
+                start = f"base_model.model.model.layers.{layer}.mlp.experts.{index}.{part}"
+                A, B = (tensors.pop(f"{start}.lora_{side}.weight") for side in "AB")
+                torch.testing.assert_close(B @ A, change[index].detach(), rtol=1e-4, atol=1e-6)
+    assert all("q_proj" in key for key in tensors)
+
+
+@pytest.mark.parametrize(("family", "stacks"), [("qwen3_moe", EXPERTS[:1]), ("mixtral", EXPERTS)])
+def test_experts_that_vllm_does_not_take_are_refused_by_name(tmp_path, family, stacks):
+    model = adapted(lambda: tiny_moe(family), target_modules=["q_proj"], target_parameters=stacks)
+    with pytest.raises(AdapterError, match=r"RW730.*layers.0.mlp.experts.gate_up_proj.*gate, up and down together"):
+        rw.export_adapter(model, tmp_path / "served", target="vllm")
 
 
 def test_nothing_is_overwritten_and_no_server_is_guessed(tmp_path):

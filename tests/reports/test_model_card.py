@@ -147,7 +147,7 @@ SERVING = {
     "rslora": ({"use_rslora": True}, ["vLLM, as it is", "--for sglang`, since it ignores rsLoRA's scale"], []),
     "stacked experts": (
         {"target_parameters": ["mlp.experts.down_proj"]},
-        ["vLLM: merge first, adapters on stacked experts were not tried there", "export --for llama.cpp"],
+        ["vLLM on a GPU, of qwen2_moe, qwen3_moe, olmoe, gpt_oss: `rankwise export --for vllm`", "SGLang: merge first"],
         ["vLLM, as it is"],
     ),
     "modules to save": (

@@ -282,7 +282,7 @@ def _write(
                 under = wanted.base_gguf.resolve()
                 write_text(partial / MODELFILE, modelfile(under, named=str(under), adapter=f"./{ADAPTER_FILE}"))
         else:
-            write_portable(partial, model, file, pairs, base)
+            write_portable(partial, model, file, pairs, base, wanted.target)
         if wanted.template is not None:
             shutil.copyfile(wanted.template, partial / wanted.template.name)
         if prove is not None:

@@ -37,13 +37,13 @@ from rankwise.adapters.saving import (
     tensor_keys,
     write_tensors,
 )
-from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
+from rankwise.adapters.state import AdaptedModule, AdapterReport, base_modules, report, state_and_name
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
 from rankwise.methods import METHODS
 from rankwise.records import write_json
-from rankwise.serving import SERVERS, VLLM_RANKS
+from rankwise.serving import EXPERT_PARTS, SERVERS, VLLM_EXPERTS, VLLM_RANKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,7 +131,7 @@ def head_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in file.tensors.items() if key.startswith(heads)}
 
 
-def refuse_unserved(model: nn.Module, file: AdapterFile, target: str) -> None:
+def refuse_unserved(model: PreTrainedModel, file: AdapterFile, target: str) -> None:
     """Raise AdapterError: RW730 for trained weights outside of low-rank pairs and of a head that the server takes, and
     for stacked experts where it does not support them; RW433 for adapters that are right over
     their own base only."""
@@ -140,13 +140,27 @@ def refuse_unserved(model: nn.Module, file: AdapterFile, target: str) -> None:
     is_taken = target == "peft" or all(key.removeprefix(PREFIX).rpartition(".")[0] in taken for key in heads)
     ours = heads if is_taken else {}
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key and key not in ours)
-    stacks = [item.name for item in file.planned if item.experts is not None]
+    stacks = [item for item in file.planned if item.experts is not None]
+    if target == "vllm":
+        _refuse_in_vllm(model, stacks)
     if whole or (stacks and "experts" in SERVERS[target].refuses):
-        what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {some_of(stacks)}"
+        names = some_of([item.name for item in stacks])
+        what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {names}"
         raise AdapterError(
             "RW730",
             f"the adapter {what}, and {SERVERS[target].name} supports low-rank pairs of layers only; write a merged "
             "model with --merged, or with rankwise merge.",
+        )
+
+
+def _refuse_in_vllm(model: PreTrainedModel, stacks: Sequence[AdaptedModule]) -> None:
+    """Raise AdapterError (RW730) for experts that vLLM does not take adapters on."""
+    both = len(stacks) == 2 * len({item.path for item in stacks})
+    if stacks and not (both and model.config.model_type in VLLM_EXPERTS):
+        raise AdapterError(
+            "RW730",
+            f"the adapter adapts {some_of([item.name for item in stacks])}, and vLLM takes adapters on gate, up and "
+            f"down together, of {', '.join(VLLM_EXPERTS)}; write a merged model with --merged, or with rankwise merge.",
         )
 
 
@@ -203,17 +217,43 @@ def _portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict
     return dict(sorted(tensors.items()))
 
 
-def write_portable(folder: Path, model: nn.Module, file: AdapterFile, pairs: Pairs, base_model: str | None) -> None:
+def write_portable(
+    folder: Path, model: PreTrainedModel, file: AdapterFile, pairs: Pairs, base_model: str | None, target: str = "peft"
+) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` for pairs of one rank."""
     r = next(iter(pairs.values())).r
     config = _portable_config(model, file, r)
     modules = dict(base_modules(model))
     adapted = [modules[item.path] for item in file.planned if item.experts is None and item.is_pair]
+    apart: dict[str, Tensor] = {}
+    if target == "vllm" and VLLM_EXPERTS.get(model.config.model_type) == "one by one":
+        apart = _experts_apart(file, pairs)
+        file = dataclasses.replace(file, planned=[item for item in file.planned if item.experts is None])
     document = to_peft(config, config.target_modules or (), base_model, is_transposed(adapted))
-    tensors, metadata = {**_portable_tensors(model, file, pairs), **head_tensors(model, file)}, {"format": "pt"}
+    if apart:
+        document |= {"target_parameters": None, "target_modules": [*document["target_modules"], *EXPERT_PARTS]}
+    tensors = {**_portable_tensors(model, file, pairs), **apart, **head_tensors(model, file)}
+    metadata = {"format": "pt"}
     mark_labels(model, document, metadata)
     write_tensors(folder, tensors, metadata)
     write_json(folder / CONFIG_FILE, document)
+
+
+def _experts_apart(file: AdapterFile, pairs: Pairs) -> dict[str, Tensor]:
+    """The tensors of stacks as of a linear layer of each expert: gate and up share A, and have half of B each."""
+    tensors = {}
+    for item in file.planned:
+        if item.experts is None:
+            continue
+        pair, (gate, up, down) = pairs[item.name], EXPERT_PARTS
+        halves = pair.B.chunk(2, dim=1)
+        parts = {gate: halves[0], up: halves[1]} if item.leaf == "gate_up_proj" else {down: pair.B}
+        for part, B in parts.items():
+            for index in range(item.experts):
+                start = f"{PREFIX}{item.path}.{index}.{part}"
+                tensors[f"{start}.lora_A.weight"] = pair.A[index].clone()
+                tensors[f"{start}.lora_B.weight"] = B[index].clone()
+    return tensors
 
 
 Way = Literal["linear", "cat", "svd"]
