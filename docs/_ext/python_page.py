@@ -32,12 +32,12 @@ comparison = rw.compare(model="demo", data=rows, methods="lora,qlora,dora,qdora"
 print(comparison.best, comparison.verdicts)
 ```
 
-Results show themselves, in a notebook with the curve or the table. A run has `adapter` (its folder), `loss`,
+Results print themselves, in a notebook with the curve or the table. A run has `adapter` (its folder), `loss`,
 `metrics`, `frame()`, `summary`, `generate(prompt)`, `compare(prompt)`, and `model` and `tokenizer`, loaded when asked
 for. A plan has `rows` and `settings` (for `rw.train`), a comparison `best`, `adapter`, `verdicts` and `document`, an
 evaluation `metrics`.
 
-`train` and `evaluate` also take a model in memory, with `tokenizer=`. `train` adapts that very object. If the run
+`train` and `evaluate` also take a model in memory, with `tokenizer=`. `train` adapts that object in place. If the run
 stops, by an error or by Ctrl-C in a cell, the object loses the adapter, and the same call with `resume=True` goes on.
 
 `train` calls `on_step`, `on_evaluation` and `on_save`. Numbers that `on_evaluation` returns, by name, are logged.

@@ -249,7 +249,7 @@ def rounded_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     larger = [with_rounded(row.estimate, more) for row in dense]
     fit = [each.method for each in larger if verdict_of(each, plan.hardware.memory_bytes) == "fits"]
     where = f"which fits with {', '.join(fit)}" if fit else "for which there is no room"
-    yield "", f"in so short passes, dense weights are rounded once and kept: at most {byte_size(more)} more, {where}."
+    yield "", f"in passes this short, dense weights are rounded once and kept: at most {byte_size(more)} more, {where}."
 
 
 def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
