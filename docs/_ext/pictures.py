@@ -6,7 +6,7 @@ python docs/_ext/pictures.py --trace           the same, with `step.json` made a
 python docs/_ext/pictures.py --keep FOLDER     the same, with `comparison` taken from the folder of a comparison
 python docs/_ext/pictures.py --time FOLDER     the same, with `standing.json` taken from one that had a `--time`
 
-`standing.svg` belongs into docs/report.md. It has no legend: its text names the shapes (circle LoRA, diamond DoRA, ...).
+`standing.svg` belongs into docs/report.md. It has no legend: its text names the shapes (circle LoRA, diamond DoRA).
 
 `step.json` holds what the traces of two steps of the plan found. `plan.json` holds what the first command prints, with
 the fields that are drawn, `losses.json` the losses that the second one wrote to `metrics.jsonl`, and `comparison` what

@@ -107,7 +107,7 @@ def _of_file_bits(given: TrainSettings) -> Iterator[str]:
     started = _started("default" if given.init == "loftq" else given.init, given.new_tokens)
     whole = started or ("--strategy fsdp" if given.strategy == "fsdp" else "")
     if whole:
-        yield f"{whole} changes or parts the base's weights, which stay in their file; give --base-bits 16."
+        yield f"{whole} changes or splits the base's weights, which stay in their file; give --base-bits 16."
 
 
 def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None, given: StepOptions) -> bool:
