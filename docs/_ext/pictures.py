@@ -119,7 +119,7 @@ def step(record: dict[str, Any]) -> str:
     parts.append(f'<text class="left" x="48" y="{at - 7:.0f}">{record["name"]}</text>')
     parts += [_text(22, bottom - gb * scale + 5, f"{gb}") for gb in (0, 5, 10, 15, 20)]
     parts += [_text(22, at + 5, f"{limit:.0f}"), *_legend(bottom + 36)]
-    return _picture(560, bottom + 62, parts)
+    return _picture(570, bottom + 62, parts)
 
 
 def losses(record: dict[str, list[list[float]]]) -> str:
