@@ -20,10 +20,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 # {model_type: how vLLM reads adapters on its experts}, by its source (0.32); its build for CPUs serves no mixture with
 # an adapter.
-VLLM_EXPERTS = {
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), "one by one"),
-    "gpt_oss": "stacked",
-}
+VLLM_EXPERTS = {"qwen2_moe": "one by one", "qwen3_moe": "one by one", "olmoe": "one by one", "gpt_oss": "stacked"}
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"

@@ -37,7 +37,7 @@ from rankwise.adapters.saving import (
     tensor_keys,
     write_tensors,
 )
-from rankwise.adapters.state import AdaptedModule, AdapterReport, base_modules, report, state_and_name
+from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
@@ -141,26 +141,18 @@ def refuse_unserved(model: PreTrainedModel, file: AdapterFile, target: str) -> N
     ours = heads if is_taken else {}
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key and key not in ours)
     stacks = [item for item in file.planned if item.experts is not None]
+    supported, refused = "low-rank pairs of layers", "experts" in SERVERS[target].refuses
     if target == "vllm":
-        _refuse_in_vllm(model, stacks)
-    if whole or (stacks and "experts" in SERVERS[target].refuses):
+        supported += f", and of experts on gate, up and down together, in {', '.join(VLLM_EXPERTS)},"
+        both = len(stacks) == 2 * len({item.path for item in stacks})
+        refused = not (both and model.config.model_type in VLLM_EXPERTS)
+    if whole or (stacks and refused):
         names = some_of([item.name for item in stacks])
         what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {names}"
         raise AdapterError(
             "RW730",
-            f"the adapter {what}, and {SERVERS[target].name} supports low-rank pairs of layers only; write a merged "
-            "model with --merged, or with rankwise merge.",
-        )
-
-
-def _refuse_in_vllm(model: PreTrainedModel, stacks: Sequence[AdaptedModule]) -> None:
-    """Raise AdapterError (RW730) for experts that vLLM does not take adapters on."""
-    both = len(stacks) == 2 * len({item.path for item in stacks})
-    if stacks and not (both and model.config.model_type in VLLM_EXPERTS):
-        raise AdapterError(
-            "RW730",
-            f"the adapter adapts {some_of([item.name for item in stacks])}, and vLLM takes adapters on gate, up and "
-            f"down together, of {', '.join(VLLM_EXPERTS)}; write a merged model with --merged, or with rankwise merge.",
+            f"the adapter {what}, and {SERVERS[target].name} supports {supported} only; write a merged model with "
+            "--merged, or with rankwise merge.",
         )
 
 
@@ -243,16 +235,16 @@ def _experts_apart(file: AdapterFile, pairs: Pairs) -> dict[str, Tensor]:
     """The tensors of stacks as of a linear layer of each expert: gate and up share A, and have half of B each."""
     tensors = {}
     for item in file.planned:
-        if item.experts is None:
-            continue
-        pair, (gate, up, down) = pairs[item.name], EXPERT_PARTS
-        halves = pair.B.chunk(2, dim=1)
-        parts = {gate: halves[0], up: halves[1]} if item.leaf == "gate_up_proj" else {down: pair.B}
-        for part, B in parts.items():
-            for index in range(item.experts):
-                start = f"{PREFIX}{item.path}.{index}.{part}"
-                tensors[f"{start}.lora_A.weight"] = pair.A[index].clone()
-                tensors[f"{start}.lora_B.weight"] = B[index].clone()
+        if item.experts is not None:
+            pair = pairs[item.name]
+            gated = item.leaf == "gate_up_proj"
+            for part, B in zip(
+                EXPERT_PARTS[:2] if gated else EXPERT_PARTS[2:], pair.B.chunk(2, dim=1) if gated else (pair.B,)
+            ):
+                for index in range(item.experts):
+                    start = f"{PREFIX}{item.path}.{index}.{part}"
+                    tensors[f"{start}.lora_A.weight"] = pair.A[index].clone()
+                    tensors[f"{start}.lora_B.weight"] = B[index].clone()
     return tensors
 
 
