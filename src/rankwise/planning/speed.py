@@ -118,6 +118,7 @@ def _product_flops(dtype: str) -> float:
     return torch.get_num_threads() * 2 * T * K * N / seconds
 
 
+@functools.cache
 def measured_integers(dtype: str) -> float:
     """The time of a product in 8 bits on this processor, as a part of that in ``dtype``; 1 where it is not taken."""
     key = f"{cpu_name()}, 8 bits beside {dtype}"

@@ -137,13 +137,13 @@ def seconds_of_integers(dtype: torch.dtype, level: str) -> float:
 def seconds_alone(call: Callable[[], object], least: float) -> float:
     """Seconds of a call on one thread, by its clock, over ``least`` seconds: beside other programs, several threads
     wait for each other, and may be slower than one."""
-    threads, calls = torch.get_num_threads(), 0
+    threads, calls, seconds = torch.get_num_threads(), 0, 0.0
     torch.set_num_threads(1)
     call()
     begun = time.thread_time()
-    while (seconds := time.thread_time() - begun) < least:
+    while seconds < least:
         call()
-        calls += 1
+        calls, seconds = calls + 1, time.thread_time() - begun
     torch.set_num_threads(threads)
     return seconds / calls
 
