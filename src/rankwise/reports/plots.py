@@ -287,13 +287,6 @@ def standing(standings: Sequence[Fields], numbers: Numbers, best: str) -> tuple[
         x, y, bars = zip(*((x + place * step, y, bounds) for x, y, bounds in points))
         axes.vlines(x, *zip(*bars), color=colour(numbers[name]), linewidth=1.3)
         axes.plot(x, y, marker=marker(numbers[name]), color=colour(numbers[name]), markersize=7, linewidth=1)
-        axes.annotate(
-            _short(method_name(name)),
-            (x[-1], y[-1]),
-            xytext=(8, 6),
-            textcoords="offset points",
-            color=colour(numbers[name]),
-        )
     axes.margins(0.1)
     axes.set_xlim(left=0)
     axes.set(xlabel="minutes of runs", ylabel=f"difference from {_short(method_name(best))}")
