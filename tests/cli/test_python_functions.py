@@ -173,7 +173,7 @@ def test_a_metric_of_ones_own_and_an_early_end(train: Any) -> None:
         ({"devices": 2}, "RW117.*torchrun"),
         ({"tokenizer": "a tokenizer"}, "RW112.*tokenizer goes with a model in memory"),
         ({"model": torch.nn.Linear(1, 1)}, "RW103: model is a Linear; give a name"),
-        ({"learning_rate": torch.nn.Linear(1, 1)}, "RW103: --learning-rate is a Linear: input"),
+        ({"learning_rate": torch.nn.Linear(1, 1)}, "RW103: --learning-rate is a Linear: give a number above 0"),
         ({"on_step": 3}, "RW103: on_step is 3; give a function"),
         ({"on_evaluation": lambda found: found.loss}, "RW103: on_evaluation returned [0-9.]+; return numbers by names"),
         ({"on_evaluation": lambda found: {"eval_loss": 1.0}}, "RW103: on_evaluation returned eval_loss, which the run"),
