@@ -6,8 +6,6 @@ python docs/_ext/pictures.py --trace           the same, with `step.json` made a
 python docs/_ext/pictures.py --keep FOLDER     the same, with `comparison` taken from the folder of a comparison
 python docs/_ext/pictures.py --time FOLDER     the same, with `standing.json` taken from one that had a `--time`
 
-`standing.svg` belongs into docs/report.md. It has no legend: its text names the shapes (circle LoRA, diamond DoRA).
-
 `step.json` holds what the traces of two steps of the plan found. `plan.json` holds what the first command prints, with
 the fields that are drawn, `losses.json` the losses that the second one wrote to `metrics.jsonl`, and `comparison` what
 the report of the third one is made from:
@@ -18,6 +16,11 @@ the report of the third one is made from:
         --batch-size 4 --max-length 256 --products int8 --output runs/curve
     rankwise compare --model demo --data stdlib --methods lora,dora --seeds 2 --learning-rates 6e-4,1.3e-3
         --max-steps 10 --batch-size 4 --eval-steps 10 --eval-limit 16 --output runs/compare
+
+`standing.json` is from the report of this one, given with 12 minutes and again with 8:
+
+    rankwise compare --model demo --data stdlib --methods lora,dora,qlora --max-steps 12 --batch-size 4
+        --eval-limit 48 --max-length 128 --time 12m --output runs/standing
 """
 
 from __future__ import annotations
@@ -188,10 +191,11 @@ def compared() -> dict[str, str]:
 
     folder = PICTURES / "comparison"
     found = Comparison(json.loads((folder / "report.json").read_text(encoding="utf-8")), folder)
-    drawn = {"forest.svg": plots.forest(found.differences_from_best())}
-    if (record := PICTURES / "standing.json").exists():
-        timed = json.loads(record.read_text(encoding="utf-8"))
-        drawn["standing.svg"] = plots.standing(timed["standings"], method_numbers(timed["methods"]), timed["best"])
+    timed = json.loads((PICTURES / "standing.json").read_text(encoding="utf-8"))
+    drawn = {
+        "forest.svg": plots.forest(found.differences_from_best()),
+        "standing.svg": plots.standing(timed["standings"], method_numbers(timed["methods"]), timed["best"]),
+    }
     # In a file of its own a plot has a ground, and the colours of light and dark.
     own = {name: str(plot).replace(">", f">{plots.OWN_STYLE}", 1) + "\n" for name, plot in drawn.items()}
     return own | {"../_static/report.html": page.page(found)}

@@ -497,7 +497,7 @@ def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -
     """In a plan on real tensors too: fake ones have no values, and torch prints their errors."""
     if is_fake(like):
         with plain_tensors():
-            return _rope_agrees(original, torch.empty(0))
+            return _rope_agrees(original, torch.empty(0, dtype=like.dtype))
     shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8), (2, 5, 8))
     generator = torch.Generator().manual_seed(0)
     q, k, *angles = (torch.randn(shape, generator=generator).to(like) for shape in shapes)

@@ -237,10 +237,8 @@ def _experts_apart(file: AdapterFile, pairs: Pairs) -> dict[str, Tensor]:
     for item in file.planned:
         if item.experts is not None:
             pair = pairs[item.name]
-            gated = item.leaf == "gate_up_proj"
-            for part, B in zip(
-                EXPERT_PARTS[:2] if gated else EXPERT_PARTS[2:], pair.B.chunk(2, dim=1) if gated else (pair.B,)
-            ):
+            parts = EXPERT_PARTS[:2] if item.leaf == "gate_up_proj" else EXPERT_PARTS[2:]
+            for part, B in zip(parts, pair.B.chunk(len(parts), dim=1)):
                 for index in range(item.experts):
                     start = f"{PREFIX}{item.path}.{index}.{part}"
                     tensors[f"{start}.lora_A.weight"] = pair.A[index].clone()

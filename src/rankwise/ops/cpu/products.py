@@ -139,12 +139,14 @@ def seconds_alone(call: Callable[[], object], least: float) -> float:
     wait for each other, and may be slower than one."""
     threads, calls, seconds = torch.get_num_threads(), 0, 0.0
     torch.set_num_threads(1)
-    call()
-    begun = time.thread_time()
-    while seconds < least:
+    try:
         call()
-        calls, seconds = calls + 1, time.thread_time() - begun
-    torch.set_num_threads(threads)
+        begun = time.thread_time()
+        while seconds < least:
+            call()
+            calls, seconds = calls + 1, time.thread_time() - begun
+    finally:
+        torch.set_num_threads(threads)
     return seconds / calls
 
 
