@@ -201,8 +201,9 @@ RW_EXPORT void rw_products_allow(int allowed);
 
 // q (T, K) = round(x * factor / scale), scale (T) = max |x * factor| / rw_products_largest of each row of x (T, K), of
 // dtype as above. q is int16_t, or uint8_t with 128 added where the largest is 127; q_stride_bytes is a multiple of 64.
+// dither: whether each quotient is rounded up or down with no bias, as a fixed sequence of numbers says.
 RW_EXPORT void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
-                                uint8_t* q, int64_t q_stride_bytes, float* scale, int threads);
+                                uint8_t* q, int64_t q_stride_bytes, float* scale, int dither, int threads);
 
 // The same of groups of rows, each with a factor of its own (groups, K).
 RW_EXPORT void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor,

@@ -30,7 +30,7 @@ RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 15;
+constexpr int kInterface = 16;
 
 #if defined(RW_HAS_avx2)
 // What the processor has and the system keeps registers for. Not by __builtin_cpu_supports: zig's runtime denies all.

@@ -87,18 +87,26 @@ struct IntegerStrip {
 
 // Eight elements times both factors, rounded, or what is rounded already. S: the dtype in memory.
 template <int S>
-RW_INLINE __m256i to_integers(const void* w, int64_t i, const float* by_column, Floats by_row) {
+RW_INLINE __m256i to_integers(const void* w, int64_t i, const float* by_column, Floats by_row,
+                              const float* noise = nullptr) {
     if constexpr (S == RW_INT8)
         return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(w) + i)));
-    else return _mm256_cvtps_epi32(reinterpret_cast<__m256>(load<S>(w, i) * load<RW_FLOAT32>(by_column, 0) * by_row));
+    else {
+        Floats quotient = load<S>(w, i) * load<RW_FLOAT32>(by_column, 0) * by_row;
+        if (noise) quotient += load<RW_FLOAT32>(noise, 0);
+        return _mm256_cvtps_epi32(reinterpret_cast<__m256>(quotient));
+    }
 }
 
-// Elements [i, i + kStepIntegers) of a row.
+// Elements [i, i + kStepIntegers) of a row; `noise`: of a dithered one, for as many.
 template <int S>
-RW_INLINE __m256i step_to_words(const void* w, int64_t i, const float* by_column, Floats by_row) {
+RW_INLINE __m256i step_to_words(const void* w, int64_t i, const float* by_column, Floats by_row,
+                                const float* noise = nullptr) {
     __m256i part[Integers::kPerWord];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < Integers::kPerWord; ++j) part[j] = to_integers<S>(w, i + j * W, by_column + j * W, by_row);
+    for (int64_t j = 0; j < Integers::kPerWord; ++j)
+        part[j] = to_integers<S>(w, i + j * W, by_column + j * W, by_row,
+                                 noise ? noise + j * W : nullptr);
     return Integers::words_of(part);
 }
 
@@ -223,7 +231,7 @@ __attribute__((noinline)) void multiply_integers(const Integers::Element* a, int
 // `rw_quantize_rows`. A row with NaN or Inf has that as its scale, and so in all its products.
 template <int D>
 void quantize_integer_rows_of(const void* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
-                              int64_t q_stride_bytes, float* scale) {
+                              int64_t q_stride_bytes, float* scale, int64_t dither) {
     for (int64_t t = 0; t < T; ++t, q += q_stride_bytes) {
         __m256i most = _mm256_setzero_si256();
         for (int64_t k = 0; k < K; k += W) {
@@ -239,17 +247,24 @@ void quantize_integer_rows_of(const void* x, int64_t x_stride, const float* fact
         const bool is_zero = largest < 1e-30f;
         scale[t] = is_zero ? 0.0f : largest / Integers::kLargest;
         const Floats inverse = all(is_zero ? 0.0f : Integers::kLargest / largest);
-        for (int64_t k = 0; k < K; k += kStepIntegers)
+        for (int64_t k = 0; k < K; k += kStepIntegers) {
+            float noise[kStepIntegers];
+            for (int64_t i = 0; dither >= 0 && i < kStepIntegers; ++i) {
+                const uint32_t h = dither_at(dither + t, k + i) >> (32 - kDitherBits);
+                noise[i] = (static_cast<float>(h) + 0.5f) * kDitherStep - 0.5f;
+            }
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + k * static_cast<int64_t>(sizeof(Integers::Element))),
-                                Integers::of_rows(step_to_words<D>(x, t * x_stride + k, factor + k, inverse)));
+                                Integers::of_rows(step_to_words<D>(x, t * x_stride + k, factor + k, inverse,
+                                                                   dither < 0 ? nullptr : noise)));
+        }
     }
 }
 
 void quantize_integer_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
-                           uint8_t* q, int64_t q_stride_bytes, float* scale) {
+                           uint8_t* q, int64_t q_stride_bytes, float* scale, int64_t dither) {
     const auto quantize =
         dtype == RW_FLOAT32 ? quantize_integer_rows_of<RW_FLOAT32> : quantize_integer_rows_of<RW_BFLOAT16>;
-    quantize(x, x_stride, factor, T, K, q, q_stride_bytes, scale);
+    quantize(x, x_stride, factor, T, K, q, q_stride_bytes, scale, dither);
 }
 
 }  // namespace

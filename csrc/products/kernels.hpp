@@ -89,14 +89,22 @@ struct ProductKernels {
     void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
     void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
     ProductLayout layout;
-    // `rw_quantize_rows` of T rows on one thread.
+    // `rw_quantize_rows` of T rows on one thread. dither: the first of dithered rows, else -1.
     void (*quantize_rows)(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
-                          uint8_t* q, int64_t q_stride_bytes, float* scale);
+                          uint8_t* q, int64_t q_stride_bytes, float* scale, int64_t dither);
     // `FourBitKernels::linear` for at most kFewRowsOfTiles rows of bfloat16 in groups of 64, apart, as `pack_few_rows`
     // leaves them. Or null.
     void (*few_rows)(const LinearJob& job, int64_t first, int64_t last) = nullptr;
     void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed) = nullptr;
 };
+
+// Before it is rounded, element k of a dithered row t gets (h + 1/2) / 2^kDitherBits - 1/2, where h are the upper bits of
+// this Weyl sequence: so rounding has no bias, however small the elements are.
+constexpr int kDitherBits = 12;
+constexpr float kDitherStep = 1.0f / (1 << kDitherBits);
+constexpr uint32_t dither_at(int64_t t, int64_t k) {
+    return static_cast<uint32_t>(t) * 2246822519u + static_cast<uint32_t>(k) * 2654435769u;
+}
 
 // How pairs of bfloat16 are multiplied without tiles: 0 as it was measured, else one way, for tests.
 constexpr int kWidened = 2, kDotProducts = 3;

@@ -24,23 +24,31 @@ static inline void in_tile_order(const float* factor, int64_t count, float* out)
     for (int64_t i = 0; i < count; ++i) out[i] = factor[i / kPanel * kPanel + column_of(i % kPanel / 16, i % 16)];
 }
 
-// 32 elements of bfloat16 times both factors, rounded; by_column, and the result, in the order of tiles.
+// 32 elements of bfloat16 times both factors, rounded; by_column, and the result, in the order of tiles. `at`: where
+// the elements of a dithered row are in its sequence.
 static inline __attribute__((always_inline)) void integers(const uint16_t* w, const float* by_column, __m512 by_row,
-                                                           __m512i (&out)[2]) {
+                                                           __m512i (&out)[2], const __m512i* at = nullptr) {
     const __m512i all = _mm512_loadu_si512(w), zero = _mm512_setzero_si512();
     const __m512i half[2] = {_mm512_unpacklo_epi16(zero, all), _mm512_unpackhi_epi16(zero, all)};
     for (int i = 0; i < 2; ++i) {
         const __m512 z = _mm512_mul_ps(_mm512_castsi512_ps(half[i]), _mm512_loadu_ps(by_column + 16 * i));
-        out[i] = _mm512_cvtps_epi32(_mm512_mul_ps(z, by_row));
+        __m512 quotient = _mm512_mul_ps(z, by_row);
+        if (at) {
+            const __m512 noise = _mm512_cvtepi32_ps(_mm512_srli_epi32(at[i], 32 - kDitherBits));
+            quotient = _mm512_add_ps(quotient, _mm512_fmadd_ps(noise, _mm512_set1_ps(kDitherStep),
+                                                               _mm512_set1_ps(0.5f * kDitherStep - 0.5f)));
+        }
+        out[i] = _mm512_cvtps_epi32(quotient);
     }
 }
 
 // A step of 64 elements as bytes, or its first half and zeros.
 static inline __attribute__((always_inline)) __m512i step_to_bytes(const uint16_t* w, const float* by_column,
-                                                                   __m512 by_row, bool whole) {
+                                                                   __m512 by_row, bool whole,
+                                                                   const __m512i* at = nullptr) {
     __m512i a[2], b[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    integers(w, by_column, by_row, a);
-    if (whole) integers(w + 32, by_column + 32, by_row, b);
+    integers(w, by_column, by_row, a, at);
+    if (whole) integers(w + 32, by_column + 32, by_row, b, at ? at + 2 : nullptr);
     const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(b[0], b[1]));
     return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), bytes);
 }
@@ -184,7 +192,7 @@ static void pack_bytes(const rw_term& term, int64_t panel, int64_t end, int64_t 
 
 // `rw_quantize_rows`. A row with NaN or Inf has that as its scale, and so in all its products.
 static void quantize_rows(const void* rows, int, int64_t x_stride, const float* factor, int64_t T, int64_t K,
-                          uint8_t* q, int64_t q_stride, float* scale) {
+                          uint8_t* q, int64_t q_stride, float* scale, int64_t dither) {
     struct Owner {};
     const auto* x = static_cast<const uint16_t*>(rows);
     float* ordered = scratch<Owner, float, 0>(K);
@@ -206,9 +214,16 @@ static void quantize_rows(const void* rows, int, int64_t x_stride, const float* 
         const bool is_zero = largest < 1e-30f;
         scale[t] = is_zero ? 0.0f : largest / kLargestByte;
         const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : kLargestByte / largest);
+        alignas(64) uint32_t at[kByteStep];
+        for (int64_t i = 0; i < kByteStep; ++i) at[i] = dither_at(dither + t, i / 32 * 32 + column_of(i / 16 % 2, i % 16));
+        __m512i now[4];
+        for (int i = 0; i < 4; ++i) now[i] = _mm512_load_si512(at + 16 * i);
+        const __m512i step = _mm512_set1_epi32(static_cast<int>(dither_at(0, kByteStep)));
         for (int64_t k = 0; k < K; k += kByteStep) {
-            const __m512i bytes = step_to_bytes(x + k, ordered + k, inverse, K - k > 32);
+            const __m512i bytes = dither < 0 ? step_to_bytes(x + k, ordered + k, inverse, K - k > 32)
+                                             : step_to_bytes(x + k, ordered + k, inverse, K - k > 32, now);
             _mm512_storeu_si512(q + k, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+            for (__m512i& one : now) one = _mm512_add_epi32(one, step);
         }
     }
 }

@@ -159,12 +159,12 @@ int rw_products_largest(void) { return current_products() ? current_products()->
 void rw_products_allow(int allow) { allowed = allow; }
 
 void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
-                      uint8_t* q, int64_t q_stride_bytes, float* scale, int threads) {
+                      uint8_t* q, int64_t q_stride_bytes, float* scale, int dither, int threads) {
     const int64_t per_task = ceil_div(int64_t{1} << 16, K), row_bytes = x_stride * (dtype == RW_FLOAT32 ? 4 : 2);
     parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
         const int64_t t = task * per_task, count = T - t < per_task ? T - t : per_task;
         current_products()->quantize_rows(static_cast<const char*>(x) + t * row_bytes, dtype, x_stride, factor, count,
-                                          K, q + t * q_stride_bytes, q_stride_bytes, scale + t);
+                                          K, q + t * q_stride_bytes, q_stride_bytes, scale + t, dither ? t : -1);
     });
 }
 
@@ -176,7 +176,7 @@ void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const 
         const RowGroup& group = filled[static_cast<std::size_t>(i)];
         current_products()->quantize_rows(static_cast<const char*>(x) + group.first * row_bytes, dtype, x_stride,
                                           factor + group.index * K, group.rows, K, q + group.first * q_stride_bytes,
-                                          q_stride_bytes, scale + group.first);
+                                          q_stride_bytes, scale + group.first, -1);
     });
 }
 

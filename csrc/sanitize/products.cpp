@@ -115,7 +115,8 @@ bool integers(int dtype, int64_t T, int64_t N, int64_t length, bool across, bool
     const int64_t stride = (length + 63) / 64 * 64, size = rw_products_largest() > 127 ? 2 : 1;
     std::vector<uint8_t> q(static_cast<size_t>(T * stride * size));
     std::vector<float> scale(static_cast<size_t>((T + 31) / 32 * 32));
-    rw_quantize_rows(x.data.get(), dtype, x.stride, ones.data(), T, length, q.data(), stride * size, scale.data(), 2);
+    rw_quantize_rows(x.data.get(), dtype, x.stride, ones.data(), T, length, q.data(), stride * size, scale.data(),
+                     across, 2);
     const rw_eight_bit eight = {scale.data(), ones.data(), ones.data(), ones.data()};
     rw_term term = {q.data(), stride, length, w.data.get(), w.stride, nullptr, nullptr,
                     1.0f,     dtype,  across, nullptr,      0,        &eight};

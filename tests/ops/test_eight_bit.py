@@ -84,13 +84,23 @@ def test_native_products_equal_the_specification(level: str | None, dtype: torch
     scales = eight_bit.Scales.of(dense, random(224, seed=1).abs() + 0.5, products.largest())
     factor = products.Factor.of(weight)
     assert factor is not None
-    for rows, of_rows, across, wanted in (
-        (x, scales.per_channel, False, eight_bit.product(x, dense, scales)),
-        (dy, scales.row, True, eight_bit.input_grad(dy, dense, scales)),
+    for rows, of_rows, across, dither, wanted in (
+        (x, scales.per_channel, False, False, eight_bit.product(x, dense, scales)),
+        (dy, scales.row, True, False, eight_bit.input_grad(dy, dense, scales)),
+        (dy, scales.row, True, True, eight_bit.input_grad(dy, dense, scales, dither=True)),
     ):
-        q, a = products.quantize_rows(rows, of_rows)
+        q, a = products.quantize_rows(rows, of_rows, dither=dither)
         term = products.Term(a=q, W=factor, across=across, in_bytes=products.InBytes(a, scales, factor, across=across))
         assert torch.equal(products.add_products([term], rows.new_empty(wanted.shape)), wanted.to(dtype))
+
+
+def test_small_numbers_in_a_dithered_row_keep_their_sum() -> None:
+    x = torch.full((64, 4096), 1e-3)
+    x[:, 7] = 1.0
+    for dither, wanted in ((False, 1.0), (True, 5.095)):
+        q, a = eight_bit.quantize_rows(x, torch.ones(4096), dither=dither)
+        sums = (q.float() * a[:, None]).sum(1)
+        torch.testing.assert_close(sums, torch.full((64,), wanted), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

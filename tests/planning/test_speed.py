@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
 from rankwise.ops.cpu import products
 from rankwise.planning import Workload, speed
-from rankwise.planning.facts import facts_of, read_model
+from rankwise.planning.facts import _mixed_layers, facts_of, read_model
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
     BESIDE_PRODUCTS,
@@ -230,6 +232,24 @@ def test_a_mixture_is_planned_as_it_was_measured(side, method, products, monkeyp
     planned = step_seconds(own, facts, work, Pace(STEP_SHARE * 274e9, None, ""), 1)
     rows = [row for row in measured["sides"] if row["side"] == side and row["adapted"] == "attention and experts"]
     assert planned == pytest.approx(statistics.median(rows[0]["seconds"]), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+        ("deepseek_v3", {"first_k_dense_replace": 2, "n_shared_experts": 1}),
+        ("llama4_text", {"interleave_moe_layer_step": 2}),
+        ("exaone_moe", {"mlp_layer_types": ["dense", "sparse", "dense", "dense", "sparse", "sparse"]}),
+    ],
+)
+def test_dense_layers_of_a_mixture_have_no_idle_experts(family, options, tmp_path):
+    config = AutoConfig.for_model(family, num_hidden_layers=6, **options)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    mixed = sum(name.endswith(".experts") for name, _ in model.named_modules())
+    assert _mixed_layers(read_config(tmp_path), 6) == mixed < 6
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):

@@ -123,7 +123,7 @@ def optimize_for_training(
         keep_memory: On a CPU with glibc, keep freed blocks for the next step instead of returning them to the system.
         products: ``"int8"`` computes the frozen products of adapted layers in 8 bits while the model trains
             (`rankwise.ops.eight_bit`), and the logits of the loss; the first batch gives the scales of input channels.
-            Evaluation mode, attention, norms, the gradient of logits and the adapters themselves keep their precision.
+            Evaluation mode, attention, norms and the adapters themselves keep their precision.
 
     Returns:
         The changes, and the reasons for parts that were not changed; ``print`` shows them in words.

@@ -155,15 +155,22 @@ def linear_out(
     return torch.mm(x, W.T, out=out) if bias is None else torch.addmm(bias, x, W.T, out=out)
 
 
-def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor) -> Tensor:
-    """``out <- dy W``: dy (T, N), W (N, K), out (T, K), of one dtype; no autograd."""
+def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor, scales: Scales | None = None) -> Tensor:
+    """``out <- dy W``: dy (T, N), W (N, K), out (T, K), of one dtype; no autograd. ``scales``: of a product in 8 bits,
+    of dithered rows."""
     if _takes_native(dy, out):
         from rankwise.ops.cpu import products
 
-        factor = products.Factor.of(W)
+        factor = products.Factor.of_frozen(W, scales)
+        if factor is not None and scales is not None and products.take(dy.dtype):
+            q, b = products.quantize_rows(dy, scales.row, dither=True)
+            in_bytes = products.InBytes(b, scales, factor, across=True)
+            return products.add_products([products.Term(a=q, W=factor, across=True, in_bytes=in_bytes)], out)
         wanted = products.take if isinstance(W, PackedWeight) else products.sum_faster
-        if factor is not None and wanted(dy.dtype):
+        if factor is not None and scales is None and wanted(dy.dtype):
             return products.add_products([products.Term(a=dy, W=factor, across=True)], out)
+    if scales is not None:
+        return out.copy_(input_grad(dy, Frozen(W).dense(dy.dtype), scales, dither=True))
     return out.copy_(linear_4bit_input_grad(dy, W)) if isinstance(W, PackedWeight) else torch.mm(dy, W, out=out)
 
 

@@ -6,8 +6,8 @@ Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is com
 of logits exists, so the head's product runs once forward and once backward, as without chunks. The same holds for each
 target's log-probability: row t of its gradient depends only on h_t, and is scaled by dL/dlog p_t in the backward pass.
 
-Logits may be computed in 8 bits, their gradient not: beside the target's entry, which is near 1, 8 bits leave nothing
-of the thousands of small ones, half of the gradient's mean over tokens (benchmarks/results/eight_bits.md).
+Logits may be computed in 8 bits, and their gradient too: without the target's entry, which is near 1 and multiplied by
+itself, and dithered, since 8 bits round thousands of small entries to zero (benchmarks/results/eight_bits.md).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def linear_cross_entropy(
 
     hidden (T, D), weight (V, D), dense or packed, and bias (V,) in one dtype, targets (T,) int64; a target of -100 is
     not scored. ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has
-    checked the targets; otherwise the check (one for all chunks) waits for a GPU. ``eight_bit``: logits are in 8 bits.
+    checked the targets; otherwise the check (one for all chunks) waits for a GPU. ``eight_bit``: products are in 8 bits.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
@@ -128,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for piece, logits in _chunks(hidden, head, bias, wanted):
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
             if grad is not None:
-                input_grad_out(logits, head.weight, grad[piece])
+                _input_grad_(logits, targets[piece], head, grad[piece])
         ctx.save_for_backward(grad)
         loss, entropy, correct = _totals(sums, hidden)
         loss = loss if hidden.dtype is torch.float64 else loss.float()
@@ -194,6 +194,19 @@ def _chunks(hidden: Tensor, head: Frozen, bias: Tensor | None, wanted: int) -> I
         if bias is not None:
             logits += bias
         yield piece, logits
+
+
+def _input_grad_(dz: Tensor, targets: Tensor, head: Frozen, out: Tensor) -> None:
+    """``out <- dz W``. In 8 bits the targets' entries of dz are taken out and multiplied by themselves."""
+    W, scales = head.weight, head.scales
+    if scales is None or not isinstance(W, Tensor):
+        input_grad_out(dz, W, out)
+        return
+    # A position that is not scored has zeros.
+    places = targets.clamp(min=0)[:, None]
+    own = dz.gather(1, places)
+    input_grad_out(dz.scatter_(1, places, 0.0), W, out, scales)
+    out.addcmul_(W[places[:, 0]], own)
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

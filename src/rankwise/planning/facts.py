@@ -203,10 +203,22 @@ def _visited(experts: int, visited: int) -> float:
     return min(1.0, visited / experts) if experts and visited else 1.0
 
 
+def _mixed_layers(config: Fields, layers: int) -> int:
+    """How many layers are mixtures of experts, by the families' options; the others are dense."""
+    if isinstance(named := config.get("mlp_layer_types"), list):
+        return named.count("sparse")
+    if isinstance(mixed := config.get("moe_layers"), list):
+        return len(mixed)
+    step = max(1, _number(config, ("decoder_sparse_step", "interleave_moe_layer_step")))
+    first, only = _number(config, ("first_k_dense_replace",)), config.get("mlp_only_layers")
+    dense = only if isinstance(only, list) else []
+    return sum(layer >= first and layer not in dense for layer in range(step - 1, layers, step))
+
+
 def _of_config(config: Fields) -> ModelFacts:
     layers, width = _number(config, LAYERS), _number(config, WIDTH)
     experts, visited = _number(config, EXPERTS), _number(config, EXPERTS_PER_TOKEN)
-    idle = layers * max(0, experts - visited) * 3 * width * _number(config, EXPERT_WIDTH) if experts else 0
+    idle = _mixed_layers(config, layers) * max(0, experts - visited) * 3 * width * _number(config, EXPERT_WIDTH)
     return ModelFacts(
         layers=layers,
         width=width,

@@ -29,7 +29,7 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 # The numbers of the dtypes that functions without 4-bit weights take.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
-_INTERFACE = 15
+_INTERFACE = 16
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
     "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."
@@ -154,7 +154,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_products_are_tiles": (i, []),
         "rw_products_largest": (i, []),
         "rw_products_allow": (None, [i]),
-        "rw_quantize_rows": (None, [p, i, n, p, n, n, p, n, p, i]),
+        "rw_quantize_rows": (None, [p, i, n, p, n, n, p, n, p, i, i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
         "rw_grouped_quantize_rows": (None, [p, i, n, p, p, n, n, p, n, p, i]),
         "rw_grouped_products": (None, [p, p, i, p, n, i, n, p, p, n, i]),

@@ -156,11 +156,13 @@ def largest() -> int:
     return int(library().rw_products_largest())
 
 
-def quantize_rows(x: Tensor, factor: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, factor: Tensor, sizes: Tensor | None = None, *, dither: bool = False
+) -> tuple[Tensor, Tensor]:
     """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
     admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones.
 
-    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K).
+    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K); not with ``dither``.
     """
     T, K = x.shape
     stride = -(-K // _STEP) * _STEP
@@ -171,11 +173,11 @@ def quantize_rows(x: Tensor, factor: Tensor, sizes: Tensor | None = None) -> tup
     if is_fake(x):
         return q, scale
     given = x.data_ptr(), DTYPE[x.dtype], x.stride(0), factor.data_ptr()
-    made = K, q.data_ptr(), stride * q.itemsize, scale.data_ptr(), torch.get_num_threads()
+    made, threads = (K, q.data_ptr(), stride * q.itemsize, scale.data_ptr()), torch.get_num_threads()
     if sizes is None:
-        library().rw_quantize_rows(*given, T, *made)
+        library().rw_quantize_rows(*given, T, *made, dither, threads)
     else:
-        library().rw_grouped_quantize_rows(*given, sizes.data_ptr(), len(sizes), *made)
+        library().rw_grouped_quantize_rows(*given, sizes.data_ptr(), len(sizes), *made, threads)
     return q, scale
 
 
