@@ -33,6 +33,7 @@ from torch import Tensor
 import rankwise as rw
 from rankwise.data import encode_rows, read_rows
 from rankwise.ops import eight_bit
+from rankwise.ops.linear_cross_entropy import linear_cross_entropy
 from rankwise.records import load_record
 
 PRODUCTS = ("bfloat16", "int8")
@@ -141,9 +142,17 @@ def print_head(name: str, data: str, tokens: int = 256) -> None:
         ("logits in bfloat16", gradient(h @ W.T).bfloat16() @ W),
         ("logits in 8 bits", gradient(eight_bit.product(h, W, scales)).bfloat16() @ W),
         ("gradient of logits in 8 bits", eight_bit.input_grad(dz.bfloat16(), W, scales)),
+        ("as training computes both", trained(h, W, ids[1:], eight_bit.EightBit(scales.channel))),
     ):
         one, mean = ((a - b).norm() / b.norm() for a, b in ((found, exact), (found.float().mean(0), exact.mean(0))))
         print(f"{what}: dL/dh errs by {one:.1%}, its mean over tokens by {mean:.1%}")
+
+
+@torch.enable_grad()
+def trained(h: Tensor, W: Tensor, targets: Tensor, scales: eight_bit.EightBit) -> Tensor:
+    h = h.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(linear_cross_entropy(h, W.detach(), targets, eight_bit=scales).loss, h)
+    return grad
 
 
 def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, list[float]]:

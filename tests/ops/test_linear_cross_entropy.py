@@ -110,11 +110,11 @@ def test_logits_in_8_bits_are_those_of_the_specification() -> None:
 
 
 def test_the_gradient_of_logits_in_8_bits_has_no_bias() -> None:
-    """An entry near 1 and thousands of small ones: rounded to the nearest, these would be lost."""
-    weight = torch.randn(4096, 64).bfloat16()
+    """Beside an entry near 1, 8 bits round thousands to zero. The head's rows have a common part, in which their sum
+    shows."""
+    weight = (1 + torch.randn(4096, 64)).bfloat16()
     targets = torch.randint(0, 4096, (128,))
-    # The target's token is likely, though not in all rows.
-    hidden = (0.06 * weight[targets] + 0.15 * torch.randn(128, 64)).bfloat16().requires_grad_()
+    hidden = (0.1 * (weight[targets].float() - 1) + 0.15 * torch.randn(128, 64)).bfloat16().requires_grad_()
     targets[5] = -100
     z = (hidden.detach().float() @ weight.float().T).requires_grad_()
     (z_grad,) = torch.autograd.grad(F.cross_entropy(z, targets, reduction="sum"), z)
@@ -123,4 +123,4 @@ def test_the_gradient_of_logits_in_8_bits_has_no_bias() -> None:
     (grad,) = torch.autograd.grad(loss, hidden)
     assert not grad[5].any()
     for found, wanted in ((grad.float(), exact), (grad.float().mean(0), exact.mean(0))):
-        assert (found - wanted).norm() < 0.05 * wanted.norm()
+        assert (found - wanted).norm() < 0.03 * wanted.norm()

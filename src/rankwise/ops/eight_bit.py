@@ -142,10 +142,8 @@ def channel_scales(of_rows: Tensor, of_weight: Tensor) -> Tensor:
     return (of_rows / of_weight).sqrt()
 
 
-def quantize_rows(
-    x: Tensor, factor: Tensor, largest: int = LARGEST, *, dither: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Integers (T, K) = round(x factor / scale), and scale = max |x factor| / largest, (T,). ``dither``: see `noise`."""
+def quantize_rows(x: Tensor, factor: Tensor, largest: int = LARGEST, *, dither: bool = False) -> tuple[Tensor, Tensor]:
+    """Integers (T, K) = round(x factor / scale), scale = max |x factor| / largest, (T,). ``dither``: see `noise`."""
     z = x.float() * factor
     most = z.abs().amax(dim=1)
     inverse = torch.where(most < _TINY, 0.0, largest / most)
@@ -155,8 +153,8 @@ def quantize_rows(
 
 
 def noise(T: int, K: int, device: torch.device | None = None) -> Tensor:
-    """What dithered rows get before they are rounded: numbers (T, K) between -1/2 and 1/2 of a Weyl sequence. Many small
-    ones beside a large one then keep their sum, as some are rounded up; rounded to the nearest all would be 0."""
+    """What is added to dithered rows before they are rounded: (T, K) of a Weyl sequence, between -1/2 and 1/2. Small
+    numbers beside a large one then keep their sum, as some are rounded up; all would be 0 otherwise."""
     t, k = torch.arange(T, device=device)[:, None], torch.arange(K, device=device)
     return ((t * 2246822519 + k * 2654435769 & 0xFFFFFFFF) >> 20).float() / 4096 + (0.5 / 4096 - 0.5)
 
@@ -188,9 +186,7 @@ def product(x: Tensor, W: Tensor, scales: Scales) -> Tensor:
     return integer_product(q, quantize_weight(W, scales).T) * (a[:, None] * scales.row)
 
 
-def input_grad(
-    dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None, *, dither: bool = False
-) -> Tensor:
+def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None, *, dither: bool = False) -> Tensor:
     """``(dz gain) W`` in float32: dz (T, N) -> (T, K)."""
     q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain, scales.largest, dither=dither)
     return integer_product(q, quantize_weight(W, scales)) * (b[:, None] * scales.per_channel)

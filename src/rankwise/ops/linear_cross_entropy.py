@@ -75,7 +75,7 @@ def linear_cross_entropy(
 
     hidden (T, D), weight (V, D), dense or packed, and bias (V,) in one dtype, targets (T,) int64; a target of -100 is
     not scored. ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has
-    checked the targets; otherwise the check (one for all chunks) waits for a GPU. ``eight_bit``: products are in 8 bits.
+    checked the targets; else the check (one for all chunks) waits for a GPU. ``eight_bit``: products are in 8 bits.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
