@@ -148,7 +148,7 @@ def quantize_rows(x: Tensor, factor: Tensor, largest: int = LARGEST, *, dither: 
     most = z.abs().amax(dim=1)
     inverse = torch.where(most < _TINY, 0.0, largest / most)
     z = z * inverse[:, None]
-    rounded = (z + noise(*z.shape, z.device) if dither else z).round()
+    rounded = (z + noise(z.shape[0], z.shape[1], z.device) if dither else z).round()
     return rounded.to(_dtype_of(largest)), torch.where(most < _TINY, 0.0, most / largest)
 
 
