@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tiny_models import save_with_tokenizer, tiny_moe
 
@@ -51,6 +53,24 @@ def test_from_training_to_the_merged_model(rankwise, experts_folder, rows_file, 
     done = rankwise("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged", "--verify", "--json")
     assert done.code == 0, done.stderr
     assert done.document["merged_modules"] == 4
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_resumed_run_is_the_straight_one(rankwise, experts_folder, rows_file, tmp_path, method):
+    def train(into, steps, *more):
+        run = ("--output", tmp_path / into, "--max-steps", steps, "--lr-scheduler-type", "constant", *more)
+        options = ("--device", "cpu", "--method", method, "--r", 2, "--target-modules", "q_proj", *TARGETS[2:])
+        options += ("--block-size", 32) if method == "qlora" else ()
+        done = rankwise("train", "--model", experts_folder, "--data", rows_file, *run, *options)
+        assert done.code == 0, done.stderr
+        return load_file(tmp_path / into / "adapter_model.safetensors")
+
+    straight = train("straight", 4)
+    train("parts", 2)
+    parts = train("parts", 4, "--resume")
+    assert any("experts" in name for name in straight)
+    assert straight.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in straight.items())
 
 
 def test_dora_is_refused_before_anything_is_read(rankwise, experts_folder, rows_file, tmp_path):

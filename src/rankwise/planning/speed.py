@@ -28,10 +28,9 @@ from rankwise.planning.workload import Workload
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# The speed of a LoRA step in bfloat16 beside that of a product with one weight, which stays in a cache: 0.5 of demo on
-# an AMD EPYC (Zen 5); 0.66 on a Xeon without AMX, and there 0.7 of a mixture of experts and 0.9 of Llama 3.2 1B's shape
-# (benchmarks/results/eight_bits.md and mixtures.md).
-STEP_SHARE = 0.6
+# The speed of a LoRA step in bfloat16 beside that of a product with one weight, which stays in a cache: of demo on an
+# AMD EPYC (Zen 5). Larger models reach 0.7 (a mixture of experts) to 0.9 (Llama 3.2 1B's shape) on a Xeon without AMX.
+STEP_SHARE = 0.5
 # {method: speed on a processor beside LoRA's}: the whole runs in benchmarks/results/end_to_end.md, with dropout 0.05.
 # They ran on one processor; what 4 bits and norms cost depends on the processor.
 RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
@@ -95,8 +94,8 @@ def pace_of(hardware: Hardware, dtype: str) -> Pace | None:
         return assumed_pace(hardware, dtype)
     flops = STEP_SHARE * measured_flops(hardware, dtype)
     basis = (
-        f"{100 * STEP_SHARE:.0f} % of a product's speed on this machine ({flops / 1e9:,.0f} GFLOP/s), methods as in "
-        "measured whole runs; without evaluations. Short rows and other programs make a run slower."
+        f"half of a product's speed on this machine ({flops / 1e9:,.0f} GFLOP/s), methods as in measured whole runs; "
+        "without evaluations. Short rows and other programs make a run slower."
     )
     return Pace(flops / hardware.sharers, None, basis)
 
