@@ -197,7 +197,9 @@ static void quantize_rows(const void* rows, int, int64_t x_stride, const float* 
     const auto* x = static_cast<const uint16_t*>(rows);
     float* ordered = scratch<Owner, float, 0>(K);
     in_tile_order(factor, K, ordered);
-    const __m512i zero = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512(), step = _mm512_set1_epi32(static_cast<int>(dither_at(0, kByteStep)));
+    alignas(64) uint32_t begin[kByteStep];
+    for (int64_t i = 0; i < kByteStep; ++i) begin[i] = dither_at(0, i / 32 * 32 + column_of(i / 16 % 2, i % 16));
     for (int64_t t = 0; t < T; ++t, x += x_stride, q += q_stride) {
         __m512i most[2] = {zero, zero};
         for (int64_t k = 0; k < K; k += 32) {
@@ -214,16 +216,18 @@ static void quantize_rows(const void* rows, int, int64_t x_stride, const float* 
         const bool is_zero = largest < 1e-30f;
         scale[t] = is_zero ? 0.0f : largest / kLargestByte;
         const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : kLargestByte / largest);
-        alignas(64) uint32_t at[kByteStep];
-        for (int64_t i = 0; i < kByteStep; ++i) at[i] = dither_at(dither + t, i / 32 * 32 + column_of(i / 16 % 2, i % 16));
-        __m512i now[4];
-        for (int i = 0; i < 4; ++i) now[i] = _mm512_load_si512(at + 16 * i);
-        const __m512i step = _mm512_set1_epi32(static_cast<int>(dither_at(0, kByteStep)));
+        const __m512i row = _mm512_set1_epi32(static_cast<int>(dither_at(dither + t, 0)));
+        __m512i at[4];
+        for (int i = 0; i < 4; ++i) at[i] = _mm512_add_epi32(_mm512_load_si512(begin + 16 * i), row);
         for (int64_t k = 0; k < K; k += kByteStep) {
-            const __m512i bytes = dither < 0 ? step_to_bytes(x + k, ordered + k, inverse, K - k > 32)
-                                             : step_to_bytes(x + k, ordered + k, inverse, K - k > 32, now);
+            __m512i bytes;
+            if (dither < 0) {
+                bytes = step_to_bytes(x + k, ordered + k, inverse, K - k > 32);
+            } else {
+                bytes = step_to_bytes(x + k, ordered + k, inverse, K - k > 32, at);
+                for (__m512i& one : at) one = _mm512_add_epi32(one, step);
+            }
             _mm512_storeu_si512(q + k, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
-            for (__m512i& one : now) one = _mm512_add_epi32(one, step);
         }
     }
 }

@@ -18,7 +18,7 @@ from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
 from rankwise.ops.cpu import products
 from rankwise.planning import Workload, speed
-from rankwise.planning.facts import _mixed_layers, facts_of, read_model
+from rankwise.planning.facts import facts_of, read_model
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
     BESIDE_PRODUCTS,
@@ -231,7 +231,7 @@ def test_a_mixture_is_planned_as_it_was_measured(side, method, products, monkeyp
     monkeypatch.setattr(speed, "memory_bandwidth", lambda: measured["floor"]["bytes_a_second"])
     planned = step_seconds(own, facts, work, Pace(STEP_SHARE * 274e9, None, ""), 1)
     rows = [row for row in measured["sides"] if row["side"] == side and row["adapted"] == "attention and experts"]
-    assert planned == pytest.approx(statistics.median(rows[0]["seconds"]), rel=0.6)
+    assert 1.0 < planned / statistics.median(rows[0]["seconds"]) < 1.6
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,10 @@ def test_dense_layers_of_a_mixture_have_no_idle_experts(family, options, tmp_pat
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     mixed = sum(name.endswith(".experts") for name, _ in model.named_modules())
-    assert _mixed_layers(read_config(tmp_path), 6) == mixed < 6
+    saved = read_config(tmp_path)
+    found, all_mixed = facts_of(saved), facts_of({**saved, "mlp_layer_types": ["sparse"] * 6})
+    assert mixed < 6
+    assert 6 * found.idle_expert_parameters == mixed * all_mixed.idle_expert_parameters > 0
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):

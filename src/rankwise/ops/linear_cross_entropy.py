@@ -197,7 +197,7 @@ def _chunks(hidden: Tensor, head: Frozen, bias: Tensor | None, wanted: int) -> I
 
 
 def _input_grad_(dz: Tensor, targets: Tensor, head: Frozen, out: Tensor) -> None:
-    """``out <- dz W``. In 8 bits the targets' entries of dz are taken out and multiplied by themselves."""
+    """``out <- dz W``. In 8 bits the targets' entries are taken out of dz, in place, and multiplied by themselves."""
     W, scales = head.weight, head.scales
     if scales is None or not isinstance(W, Tensor):
         input_grad_out(dz, W, out)

@@ -112,7 +112,7 @@ class ModelFacts:
     width: int
     vocabulary: int
     head_is_tied: bool
-    # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
+    # Parameters of experts that a token does not visit: L (E - e) 3 h w of L mixtures with experts of width w.
     idle_expert_parameters: int = 0
     # Share of the experts that process a token: e / E.
     visited_share: float = 1.0
