@@ -1,11 +1,12 @@
 """A LoRA step beside busy processes, and on one core, in multiples of its time alone: ours, PEFT's, and the frozen
 products alone.
 
-    python benchmarks/neighbours.py [MODEL] [--spins default 1000 passive] [--busy 1 2] [--dtype float32]
+    python benchmarks/neighbours.py [MODEL] [--spins watched 300000 1000 passive] [--busy 1 2] [--dtype float32]
 
 libgomp reads how long its threads spin when it is loaded, so each of ``--spins`` is a fresh process: a number is
-GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In every round of it, all sides are called
-in turn alone, beside each number of processes that only count, and with all their threads moved to one core; medians.
+GOMP_SPINCOUNT (300,000 by default), ``passive`` is OMP_WAIT_POLICY, and with ``watched`` rankwise changes it while
+others compute. In every round of it, all sides are called in turn alone, beside each number of processes that only
+count, and with all their threads moved to one core; medians.
 Writes a JSON file into benchmarks/results, and neighbours.md beside it anew. Nothing else may run on the machine.
 """
 
@@ -17,6 +18,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,19 @@ import steps
 import timing
 import torch
 
+from rankwise.compat.system import WAIT_POLICIES, WATCH_SECONDS
 from rankwise.records import write_json
 from rankwise.reports.numbers import plural
 
 SIDES = ("ours", "peft", "products")
 ALONE = "alone"
 COUNTING = "print(flush=True)\nwhile True: pass"
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
-    parser.add_argument("--spins", nargs="+", default=["default", "1000", "passive"])
+    parser.add_argument("--spins", nargs="+", default=["watched", "300000", "1000", "passive"])
     parser.add_argument("--busy", nargs="+", type=int, default=[1, 2], help="numbers of busy processes")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with contenders.model_folder(given.model) as folder:
         for spin in given.spins:
             print(f"{spin} ...", file=sys.stderr, flush=True)
-            for name in WAITING:
+            for name in WAIT_POLICIES:
                 os.environ.pop(name, None)
             os.environ.update(waiting(spin))
             found[spin] = timing.in_fresh_process(__file__, [folder, *shared])["seconds"]
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def waiting(spin: str) -> dict[str, str]:
-    if spin == "default":
+    if spin == "watched":
         return {}
     return {"OMP_WAIT_POLICY": spin} if spin == "passive" else {"GOMP_SPINCOUNT": spin}
 
@@ -99,6 +101,8 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     for _ in range(given.rounds):
         for case, within in cases.items():
             with within():
+                # The watch has noticed who computes.
+                time.sleep(2 * WATCH_SECONDS)
                 for side, (took,) in timing.alternate(calls, 1, warmup=0).items():
                     seconds[case][side].append(took)
     return {"seconds": {case: timing.medians(by_side) for case, by_side in seconds.items()}}

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 # On Python 3.11, pydantic does not accept typing.TypedDict, and brings this one.
 from typing_extensions import TypedDict
@@ -27,8 +27,6 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # One line for each bad row that was left out: {"set": "train" or "eval", "row", "code", "why"}.
 SKIPPED_FILE = "skipped_rows.jsonl"
-# Environment variables that set how long OpenMP threads spin before they sleep.
-WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 class RateTrial(TypedDict):
@@ -189,6 +187,24 @@ def write_skipped_rows(folder: Path, data: Mapping[str, Fields]) -> None:
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
     """Write JSON with indent 2, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def kept_json(file: Path) -> Any:
+    """What a process kept in a file of the cache; None where there is nothing that can be read."""
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return None
+
+
+def keep_json(file: Path, content: Mapping[str, object]) -> bool:
+    """Keep JSON in the cache for later processes. Returns False where it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,6 @@ from rankwise.cli import main as cli
 from rankwise.cli.options import Command, options_of
 from rankwise.errors import DataError, Interrupted, warn
 from rankwise.options import Count, Names, Panel, Settings, option
-from rankwise.records import WAIT_POLICIES
 
 SOURCE = Path(__file__).parents[2] / "src"
 HELP_LIMIT_SECONDS = 0.5
@@ -283,26 +282,6 @@ def test_one_process_is_not_refused(environment, rankwise, monkeypatch, tmp_path
         monkeypatch.setenv(name, value)
     done = rankwise("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "out")
     assert "RW117" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("environment", "seen"),
-    [
-        ({}, "1000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, "None"),
-    ],
-)
-def test_the_program_lets_waiting_threads_sleep_unless_the_user_says_how_they_wait(environment, seen, monkeypatch):
-    for name in WAIT_POLICIES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    tell = "print(os.environ.get('GOMP_SPINCOUNT'))"
-    code = f"import os, rankwise; rankwise.LoraConfig(); {tell}; from rankwise.cli.main import main; main(['--help'])"
-    printed = fresh_python("-c", f"{code}; {tell}").stdout.split()
-    # The library alone leaves the environment as it is.
-    assert (printed[0], printed[-1]) == (str(environment.get("GOMP_SPINCOUNT")), seen)
 
 
 def test_a_reader_that_has_gone_is_no_error():

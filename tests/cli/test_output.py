@@ -12,7 +12,8 @@ import types
 import pytest
 from rich.console import Console
 
-from rankwise.records import WAIT_POLICIES, read_metrics
+from rankwise.compat.system import WAIT_POLICIES
+from rankwise.records import read_metrics
 from rankwise.reports.numbers import byte_size, duration
 from rankwise.training.watch import StepInfo
 from rankwise.verbs.output import LiveProgress, Output, PlainProgress

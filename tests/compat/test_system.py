@@ -241,3 +241,43 @@ def _opens_text(call: ast.Call) -> bool:
     if name in ("open", "fdopen") and owner != "os":
         return not any("b" in mode for mode in modes)
     return bool(given & {"text", "universal_newlines"}) and name in ("run", "Popen", "check_output")
+
+
+WATCH = """
+import ctypes, os, time, torch
+from pathlib import Path
+from rankwise.compat import system
+
+openmp = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libgomp*"))))
+torch.ones(1 << 20).sum()
+system.WATCH_SECONDS, system._seconds_of_others = 0.02, lambda cores: RATE * time.monotonic()
+RATE, cores = 0.0, len(os.sched_getaffinity(0))
+
+def threads(after):
+    ended = time.monotonic() + 10
+    while (now := len(os.listdir("/proc/self/task"))) != after and time.monotonic() < ended:
+        time.sleep(0.01)
+    return now
+
+began = len(os.listdir("/proc/self/task"))
+system.share_cores(openmp, lambda: cores)
+for RATE in (0.0, 0.5, 0.0, 0.5):
+    # The watch, and beside others a thread with its team.
+    print(threads(began + 1 + cores * (RATE > 0)) - began)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is watched")
+@pytest.mark.parametrize(("environment", "beside"), [({}, True), ({"OMP_WAIT_POLICY": "active"}, False)])
+def test_waiting_threads_sleep_beside_others_unless_the_user_says(
+    environment: dict[str, str], *, beside: bool, monkeypatch: Patch
+) -> None:
+    for name in system.WAIT_POLICIES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code = WATCH if beside else WATCH.replace("+ 10", "+ 0.2")
+    cores = len(os.sched_getaffinity(0))
+    expected = [1, 1 + cores, 1, 1 + cores] if beside else [0, 0, 0, 0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(line) for line in done.stdout.split()] == expected

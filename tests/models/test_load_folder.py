@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rankwise import foreign
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.foreign import sha256_of
-from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
+from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash, source
 from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -280,12 +281,20 @@ def test_facts_for_the_record(folder: Path) -> None:
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, read = model_hash(str(folder)), []
+    before, read, file = model_hash(str(folder)), [], folder / "model.safetensors"
     monkeypatch.setattr(foreign, "sha256_of", lambda path: read.append(path) or sha256_of(path))
     assert model_hash(str(folder)) == before
+    # As a later process.
+    source._hash_of.cache_clear()
+    assert model_hash(str(folder)) == before
     assert read == []
-    tiny_llama().bfloat16().save_pretrained(folder)
+    # In place, and with the time of the old bytes.
+    status, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    source._hash_of.cache_clear()
     assert model_hash(str(folder)) != before
+    assert read == [file]
 
 
 def test_a_skeleton_needs_no_weights(folder: Path) -> None:

@@ -22,6 +22,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 import rankwise as rw
+from rankwise.acceleration.generation import Generator
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
@@ -260,6 +261,22 @@ def test_held_out_rewards_rise_and_are_recorded(preferring: Any, tmp_path: Path)
     assert record.objective == "dpo"
     assert record.eval_rewards["reward_accuracy"] > 0.8
     assert "DPO" in (given.output / "README.md").read_text()
+
+
+def test_the_answers_of_the_reference_are_kept_for_later_runs(
+    preferring: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked, answers = [], Generator.answers
+    monkeypatch.setattr(Generator, "answers", lambda self, prompts: asked.append(1) or answers(self, prompts))
+    given = preferring(learning_rate=1e-9, max_steps=1, overwrite=True)
+    assert train(given).answers == {"asked": 8, "changed": 0}
+    assert len(asked) == 2
+    assert train(given.model_copy(update={"seed": 1})).answers == {"asked": 8, "changed": 0}
+    assert len(asked) == 3
+    (kept,) = (tmp_path / "cache" / "rankwise" / "reference").glob("*.json")
+    kept.write_text(json.dumps({"answers": [[0]] * 8}))
+    assert train(given).answers == {"asked": 8, "changed": 8}
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

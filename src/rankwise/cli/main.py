@@ -33,7 +33,7 @@ from rankwise.errors import (
     out_of_memory,
 )
 from rankwise.options import OPTIONS, Settings, close_names
-from rankwise.records import WAIT_POLICIES, versions_of
+from rankwise.records import versions_of
 from rankwise.training import ranks
 from rankwise.verbs.output import (
     DEBUG_VARIABLE,
@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         # A mapped file that was cut ends the process by a signal, which says nothing by itself.
         faulthandler.enable(sys.__stderr__)
-    _share_the_cores()
     try:
         with only_our_messages():
             code = get_command(build_app()).main(args=arguments, prog_name="rankwise", standalone_mode=False)
@@ -92,16 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         # The last handler: any error becomes one line.
         return _report(_as_ours(error), error, as_json=as_json)
-
-
-def _share_the_cores() -> None:
-    """Let PyTorch's waiting threads sleep soon, unless the user has set how they wait.
-
-    libgomp reads the variable when torch is loaded. By default a waiting thread spins 300,000 times, during which no
-    other process can use its core: a step beside a busy process takes a quarter longer.
-    """
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAIT_POLICIES):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:

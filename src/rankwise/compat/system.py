@@ -1,4 +1,4 @@
-"""What Linux, macOS and Windows do differently: locks, renames, flushing, signals, child processes, names, memory.
+"""What Linux, macOS and Windows do differently: locks, renames, flushing, signals, processes, names, memory, threads.
 
 Each function reads ``WINDOWS`` when it is called, so that the tests run its branches for Windows on any system. Imports
 no torch.
@@ -15,7 +15,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Linux's prctl option for the signal that a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
+# The variables in which a user says how OpenMP's threads wait, and how often it is asked who else needs their cores.
+WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+WATCH_SECONDS = 1.0
+# Cores that others may use, beside what they leave free, before waiting threads sleep.
+SPARED_CORES = 0.2
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|.*[<>:\"|?*\x00-\x1f].*|.*[. ]")
 
 
@@ -154,3 +161,54 @@ def anonymous_memory_bytes() -> int:
 
     process: Any = psutil.Process()
     return int(process.memory_info().private if WINDOWS else process.memory_full_info().uss)
+
+
+def share_cores(openmp: Any, threads: Callable[[], int]) -> None:
+    """Let waiting threads of GNU's ``openmp``, of which ``threads()`` compute, sleep soon while other programs need
+    their cores, as a thread of its own finds on Linux. Does nothing where the user says how threads wait.
+
+    A waiting thread spins 300,000 times. Nobody has to wake it, which takes as long as a product of few rows, but its
+    core does nothing else. If there are more threads than cores, it spins 100 times: a second, idle team achieves that.
+    """
+    if sys.platform.startswith("linux") and not any(name in os.environ for name in WAIT_POLICIES):
+        threading.Thread(target=_watch_cores, args=(openmp, threads), daemon=True).start()
+
+
+def _watch_cores(openmp: Any, threads: Callable[[], int]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    released: threading.Event | None = None
+    try:
+        before, began = _seconds_of_others(cores), time.monotonic()
+        while True:
+            time.sleep(WATCH_SECONDS)
+            now, ended = _seconds_of_others(cores), time.monotonic()
+            others = (now - before) / (ended - began)
+            before, began = now, ended
+            is_crowded = others + threads() > len(cores) + SPARED_CORES
+            if is_crowded and released is None:
+                released = threading.Event()
+                threading.Thread(target=_second_team, args=(openmp, len(cores), released), daemon=True).start()
+            elif not is_crowded and released is not None:
+                released.set()
+                released = None
+    except OSError:
+        # Without /proc nobody knows.
+        return
+
+
+def _seconds_of_others(cores: Sequence[int]) -> float:
+    """The seconds that these cores have computed for other processes."""
+    import psutil
+
+    all_cores, own = psutil.cpu_times(percpu=True), os.times()
+    busy = [all_cores[core] for core in cores if core < len(all_cores)]
+    return sum(one.user + one.nice + one.system + one.irq + one.softirq for one in busy) - own.user - own.system
+
+
+def _second_team(openmp: Any, threads: int, released: threading.Event) -> None:
+    """Have a team of so many threads, which end with this one. They do nothing: ``free(NULL)``."""
+    import ctypes
+
+    nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
+    openmp.GOMP_parallel(nothing, None, ctypes.c_uint(threads), ctypes.c_uint(0))
+    released.wait()

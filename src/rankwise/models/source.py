@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rankwise.compat.system import cache_folder
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.constants import MXFP4, TEMPLATE_FILE
 from rankwise.errors import ModelError, warn
@@ -30,6 +32,7 @@ from rankwise.models.folder import (
     read_config,
     weights_names,
 )
+from rankwise.records import keep_json, kept_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -253,7 +256,7 @@ def file_version(path: Path) -> Version:
 def model_hash(model: str | ModelSource) -> str:
     """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``.
 
-    A process reads files again only once they have changed.
+    Files are read again only once they have changed, by later processes too.
     """
     return _hash_of(tuple((path, file_version(path)) for path in weights_files(fetch_model(model))))
 
@@ -272,7 +275,14 @@ def hash_in_memory(model: PreTrainedModel) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _hash_of(files: tuple[tuple[Path, Version], ...]) -> str:
-    return sha256_of_files(path for path, _ in files)
+    # Whoever sets the time of the last change back changes st_ctime.
+    versions = [(str(path.absolute()), *version, path.stat().st_ctime_ns) for path, version in files]
+    file = cache_folder() / "hashes" / f"{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]}.json"
+    known: JsonObject | None = kept_json(file)
+    if known is None:
+        known = {"sha256": sha256_of_files(path for path, _ in files)}
+        keep_json(file, known)
+    return str(known["sha256"])
 
 
 def settings_hash(source: ModelSource) -> str | None:

@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 from rankwise.compat.system import cache_folder
 from rankwise.conflicts import without_reference
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
-from rankwise.foreign import JsonObject, read_json
+from rankwise.foreign import JsonObject
 from rankwise.methods import METHODS, method_of
 from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import PlannedModel, read_model
 from rankwise.planning.memory import Found, MemoryEstimate, assembled, sharded
 from rankwise.planning.workload import TRACING, Workload, planned_methods, rule_of, uncollected
-from rankwise.records import write_json
+from rankwise.records import keep_json, kept_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,8 @@ class Traces:
             line = f"{TRACING} {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
             with _told(self.say, line), uncollected():
                 self._kept[key] = dataclasses.asdict(self._trace(method, workload))
-            self._keep()
+            if not keep_json(self._file, self._kept):
+                self.say(f"traces cannot be kept in {self._file.parent}")
         found = Found(**self._kept[key])
         for code, message in found.told.items():
             if self.warns and code not in self._told:
@@ -110,17 +111,7 @@ class Traces:
 
     @functools.cached_property
     def _kept(self) -> JsonObject:
-        try:
-            return read_json(self._file)
-        except (OSError, ValueError):
-            return {}
-
-    def _keep(self) -> None:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, self._kept)
-        except OSError:
-            self.say(f"traces cannot be kept in {self._file.parent}")
+        return kept_json(self._file) or {}
 
     @functools.cached_property
     def _skeleton(self) -> PreTrainedModel:

@@ -18,16 +18,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rankwise.compat.system import cache_folder
 from rankwise.errors import ConfigError
-from rankwise.foreign import JsonObject, read_json
+from rankwise.foreign import JsonObject
 from rankwise.models.device import cpu_has_bfloat16, cpu_name, usable_cores
-from rankwise.records import write_json
+from rankwise.records import keep_json, kept_json
 from rankwise.reports.numbers import byte_size
 
 Kind = Literal["card", "memory", "machine"]
@@ -384,15 +383,10 @@ def _idle_process_bytes() -> float:
 def measured_here(key: str, measure: Callable[[], float], *, again: bool = False) -> float:
     """A figure of this machine, kept for later plans; ``again``: measured even where one is kept."""
     file = cache_folder() / "machine.json"
-    try:
-        known = read_json(file)
-    except (OSError, ValueError):
-        known = {}
+    known = kept_json(file) or {}
     if again or key not in known:
         known[key] = measure()
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, known)
+        keep_json(file, known)
     return float(known[key])
 
 

@@ -19,6 +19,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ from rankwise.labels import SINGLE, Labels, measures
 from rankwise.models.load import answer_room
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
+from rankwise.records import keep_json, kept_json
 from rankwise.training import ranks
 from rankwise.training.batches import (
     KEY,
@@ -60,7 +62,7 @@ from rankwise.training.batches import (
     without_rows,
 )
 from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
-from rankwise.training.reference import Pair, Reference
+from rankwise.training.reference import Pair, Reference, key_of
 from rankwise.training.step import Loss
 from rankwise.training.weights import roots_gathered
 
@@ -514,9 +516,10 @@ class Preferences:
         means = means_of(sums)
         return {"eval_loss": means.pop("loss"), **{f"eval_{name}": value for name, value in means.items()}}
 
-    def changed_answers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    def changed_answers(self, tokenizer: PreTrainedTokenizerBase, key: str, folder: Path) -> dict[str, int]:
         """How many of the first prompts, of the evaluation if there is one, the model answers otherwise than its
-        reference, both greedily: {"asked", "changed"}. Losses may fall without that."""
+        reference, both greedily: {"asked", "changed"}. Losses may fall without that. The answers of the reference, by
+        its ``key``, are kept in ``folder``."""
         model: Any = self.scoring.model.eval()
         rows = self.rows if self.eval_rows is None else self.eval_rows
         found = dict.fromkeys(map(tuple, rows[: 2 * ANSWERED]["prompt_ids"]))
@@ -526,9 +529,12 @@ class Preferences:
             model, Decoding(max_new_tokens=room, stop_ids=stop_ids_of(model, tokenizer)), pad=self.pad
         )
         after = generator.answers(prompts)
-        with reference_at_work(model):
-            before = generator.answers(prompts)
-        return {"asked": len(prompts), "changed": sum(one != other for one, other in zip(before, after))}
+        file = folder / f"{key_of(key, [prompt.ids for prompt in prompts], room)[:32]}.json"
+        if (known := kept_json(file)) is None:
+            with reference_at_work(model):
+                known = {"answers": generator.answers(prompts)}
+            keep_json(file, known)
+        return {"asked": len(prompts), "changed": sum(one != other for one, other in zip(known["answers"], after))}
 
     # --- the memory plan ---
 

@@ -35,11 +35,11 @@ from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
 from rankwise.compat.system import cache_folder
-from rankwise.foreign import checked, read_json
+from rankwise.foreign import checked
 from rankwise.ops.eight_bit import EightBit, error_of_rows
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.quantization.experts import StackEightBit, errors_in_eight_bits, stacks_in_eight_bits
-from rankwise.records import write_json
+from rankwise.records import keep_json, kept_json
 from rankwise.reports.numbers import plural
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch
@@ -150,16 +150,14 @@ def judge(
     give_back_freed_memory()
     if ranks.is_writer():
         # Where it cannot be kept, the next run measures again.
-        with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, dataclasses.asdict(found))
+        keep_json(kept, dataclasses.asdict(found))
     return found
 
 
 def _read(kept: Path) -> Measured | None:
     try:
-        return checked(Measured, read_json(kept))
-    except (OSError, ValueError):
+        return checked(Measured, kept_json(kept))
+    except ValueError:
         return None
 
 

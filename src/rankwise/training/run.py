@@ -23,7 +23,7 @@ from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
-from rankwise.compat.system import cache_folder
+from rankwise.compat.system import WAIT_POLICIES, cache_folder
 from rankwise.compat.torch import is_unit
 from rankwise.config import StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
@@ -41,7 +41,7 @@ from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
-from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writable, load_record, versions_of
+from rankwise.records import RateSearch, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.batches import MicroBatch, own_parts, token_rows
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid

@@ -209,9 +209,10 @@ class Session:
         gathered = whole_weights(self.loop.model)
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)
-            if isinstance(self.loop.objective, Preferences) and not is_unit(self.loop.model):
+            objective, reference = self.loop.objective, self.reference
+            if isinstance(objective, Preferences) and reference and self.shared and not is_unit(self.loop.model):
                 with mixed(self.loop.model, self.loop.autocast):
-                    self.record.answers = self.loop.objective.changed_answers(self.tokenizer)
+                    self.record.answers = objective.changed_answers(self.tokenizer, reference.key, self.shared)
             self._complete_record("finished")
             write_plot(self.folder, self.record)
             write_card(self.loop.model, self.folder, self.record)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.compat.system import share_cores
 from rankwise.compat.torch import in_backward_pass
 from rankwise.errors import QuantizationError
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
@@ -179,6 +180,7 @@ def _share_threads(loaded: ctypes.CDLL) -> None:
         start = getattr(runtime, "GOMP_parallel", None)
         if start is not None:
             loaded.rw_share_threads(ctypes.cast(start, ctypes.c_void_p))
+            share_cores(runtime, torch.get_num_threads)
             return
 
 
