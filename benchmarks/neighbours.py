@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
     parser.add_argument("--spins", nargs="+", default=["watched", "300000", "1000", "passive"])
     parser.add_argument("--busy", nargs="+", type=int, default=[1, 2], help="numbers of busy processes")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
     parser.add_argument("--rounds", type=int, default=5)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(given.answer, measured(given))
         return
     options = ("--batch", given.batch, "--length", given.length, "--rounds", given.rounds, "--dtype", given.dtype)
-    shared = [*map(str, options), "--busy", *map(str, given.busy)]
+    shared = [*map(str, options), "--busy", *map(str, given.busy), "--sides", *given.sides]
     found = {}
     with contenders.model_folder(given.model) as folder:
         for spin in given.spins:
@@ -85,18 +86,20 @@ def waiting(spin: str) -> dict[str, str]:
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a call of each side: alone, beside busy processes, on one core."""
-    models = {side: contenders.build(side, given.model, "lora", 0.0, given.dtype) for side in contenders.SIDES}
-    ids = steps.batch_of(models["ours"], given)
+    sides = [side for side in contenders.SIDES if side in given.sides]
+    models = {side: contenders.build(side, given.model, "lora", 0.0, given.dtype) for side in sides}
+    ids = steps.batch_of(next(iter(models.values())), given)
     calls: dict[str, timing.Prepared] = {}
     for side, model in models.items():
         step = contenders.Step(model, ids)
         calls[side] = (step, step.forget)
-    shapes = steps.dense_shapes(given.model)
-    calls["products"] = (timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.dtype)), timing.nothing)
+    if "products" in given.sides:
+        shapes = steps.dense_shapes(given.model)
+        calls["products"] = (timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.dtype)), timing.nothing)
     cases: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {ALONE: contextlib.nullcontext}
     cases |= {f"beside {count}": functools.partial(busy, count) for count in given.busy}
     cases["on one core"] = on_one_core
-    seconds: dict[str, dict[str, list[float]]] = {case: {side: [] for side in SIDES} for case in cases}
+    seconds: dict[str, dict[str, list[float]]] = {case: {side: [] for side in calls} for case in cases}
     timing.alternate(calls, 1)
     for _ in range(given.rounds):
         for case, within in cases.items():
@@ -157,12 +160,12 @@ def page(run: results.Run) -> list[str]:
 
 def _sides(run: results.Run) -> Iterator[tuple[tuple[str, str], dict[str, float]]]:
     for spin, by_case in run["seconds"].items():
-        for side in SIDES:
+        for side in by_case[ALONE]:
             yield (spin, side), {case: medians[side] for case, medians in by_case.items()}
 
 
 def _line(spin: str, side: str, seconds: dict[str, float]) -> list[str]:
-    named = "=".join(*waiting(spin).items()) if waiting(spin) else "as libgomp does by default"
+    named = "=".join(*waiting(spin).items()) if waiting(spin) else "until others compute"
     alone = seconds[ALONE]
     return [
         *(named, side, results.number(alone, 3)),
