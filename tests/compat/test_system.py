@@ -252,6 +252,7 @@ openmp = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libgom
 torch.ones(1 << 20).sum()
 system.WATCH_SECONDS, system._seconds_of_others = 0.02, lambda cores: RATE * time.monotonic()
 RATE, cores = 0.0, len(os.sched_getaffinity(0))
+system.CPU_LIMIT = Path(LIMIT)
 
 def threads(after):
     ended = time.monotonic() + 10
@@ -261,22 +262,23 @@ def threads(after):
 
 began = len(os.listdir("/proc/self/task"))
 system.share_cores(openmp, lambda: cores)
-for RATE in (0.0, 0.5, 0.0, 0.5):
-    # The watch, and beside others a thread with its team.
-    print(threads(began + 1 + cores * (RATE > 0)) - began)
+for RATE, granted in ((0.0, "max"), (0.5, "max"), (0.0, "max"), (0.0, str(cores * 50_000))):
+    system.CPU_LIMIT.write_text(f"{granted} 100000")
+    # The watch, and beside others or with half of the time a thread with its team.
+    print(threads(began + 1 + cores * (RATE > 0 or granted != "max")) - began)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is watched")
 @pytest.mark.parametrize(("environment", "beside"), [({}, True), ({"OMP_WAIT_POLICY": "active"}, False)])
 def test_waiting_threads_sleep_beside_others_unless_the_user_says(
-    environment: dict[str, str], *, beside: bool, monkeypatch: Patch
+    environment: dict[str, str], *, beside: bool, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     for name in system.WAIT_POLICIES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    code = WATCH if beside else WATCH.replace("+ 10", "+ 0.2")
+    code = WATCH.replace("LIMIT)", f"{str(tmp_path / 'cpu.max')!r})").replace("+ 10", "+ 10" if beside else "+ 0.2")
     cores = len(os.sched_getaffinity(0))
     expected = [1, 1 + cores, 1, 1 + cores] if beside else [0, 0, 0, 0]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

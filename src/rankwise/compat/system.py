@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import os
 import platform
 import re
@@ -40,6 +41,8 @@ WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 WATCH_SECONDS = 1.0
 # Cores that others may use, beside what they leave free, before waiting threads sleep.
 SPARED_CORES = 0.2
+# The time of the cores that a container may use, and in which time, in microseconds.
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|.*[<>:\"|?*\x00-\x1f].*|.*[. ]")
 
 
@@ -175,19 +178,19 @@ def share_cores(openmp: Any, threads: Callable[[], int]) -> None:
 
 
 def _watch_cores(openmp: Any, threads: Callable[[], int]) -> None:
-    cores = sorted(os.sched_getaffinity(0))
     released: threading.Event | None = None
+    at_first = len(os.sched_getaffinity(0))
     try:
-        before, began = _seconds_of_others(cores), time.monotonic()
         while True:
-            time.sleep(WATCH_SECONDS)
-            now, ended = _seconds_of_others(cores), time.monotonic()
-            others = (now - before) / (ended - began)
-            before, began = now, ended
-            is_crowded = others + threads() > len(cores) + SPARED_CORES
+            # A process can be moved to fewer cores, or get a part of their time.
+            cores, began = sorted(os.sched_getaffinity(0)), time.monotonic()
+            before = _seconds_of_others(cores)
+            threading.Event().wait(WATCH_SECONDS)
+            others = (_seconds_of_others(cores) - before) / (time.monotonic() - began)
+            is_crowded = threads() > min(len(cores) - others, _granted_cores()) + SPARED_CORES
             if is_crowded and released is None:
                 released = threading.Event()
-                threading.Thread(target=_second_team, args=(openmp, len(cores), released), daemon=True).start()
+                threading.Thread(target=_second_team, args=(openmp, at_first, released), daemon=True).start()
             elif not is_crowded and released is not None:
                 released.set()
                 released = None
@@ -203,6 +206,14 @@ def _seconds_of_others(cores: Sequence[int]) -> float:
     all_cores, own = psutil.cpu_times(percpu=True), os.times()
     busy = [all_cores[core] for core in cores if core < len(all_cores)]
     return sum(one.user + one.nice + one.system + one.irq + one.softirq for one in busy) - own.user - own.system
+
+
+def _granted_cores() -> float:
+    """How many cores' time the control group of a container grants, with ``docker run --cpus``."""
+    if not CPU_LIMIT.exists():
+        return math.inf
+    granted, period = CPU_LIMIT.read_text(encoding="utf-8").split()
+    return math.inf if granted == "max" else int(granted) / int(period)
 
 
 def _second_team(openmp: Any, threads: int, released: threading.Event) -> None:
