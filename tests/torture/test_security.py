@@ -65,10 +65,12 @@ def test_no_secret_of_the_environment_is_kept(lines: list[dict[str, object]], fo
 
 
 def test_the_folders_of_the_user_stay_empty(lines: list[dict[str, object]], folder: Path) -> None:
-    """But for what is kept: prepared bases, traces, references, figures of the machine, matplotlib's list of fonts."""
+    """But for what is kept: prepared bases, traces, references, hashes, figures of the machine, matplotlib's fonts."""
     homes = folder / "homes"
     found = [path.relative_to(homes).as_posix() for path in homes.rglob("*") if path.is_file()]
-    kept = tuple(f"XDG_CACHE_HOME/rankwise/{name}" for name in ("bases/", "traces/", "reference/", "machine.json"))
+    kept = tuple(
+        f"XDG_CACHE_HOME/rankwise/{name}" for name in ("bases/", "traces/", "reference/", "hashes/", "machine.json")
+    )
     assert [path for path in found if "matplotlib/fontlist" not in path and not path.startswith(kept)] == []
 
 
