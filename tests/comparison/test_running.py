@@ -32,6 +32,7 @@ from rankwise.comparison.stages import Cell, Plan, possible_jobs
 from rankwise.config import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import Comparison
+from rankwise.reports.numbers import duration
 from rankwise.reports.page import page
 from rankwise.reports.summary import stopped_rates
 
@@ -226,13 +227,21 @@ def test_options_that_no_method_uses_are_said(methods: str, said: str | None, tm
     assert all(message.startswith(said) for message in told)
 
 
-def test_the_time_of_all_steps_is_told_before_the_first_run(tmp_path: Path):
+@pytest.mark.parametrize("imports", [10.0, 60.0])
+def test_the_time_of_all_steps_is_told_before_the_first_run(
+    imports: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a run takes beside its steps follows from the machine's imports; with a tiny model, nothing else counts."""
+    monkeypatch.setattr(run, "import_seconds", lambda: imports)
+    monkeypatch.setattr(run, "_waiting", lambda: 1.0)
     told: list[str] = []
     watcher = Quiet()
     watcher.say, watcher.started = told.append, lambda job: told.append("started")  # type: ignore[method-assign]
     compare(watcher=watcher, **given(tmp_path, methods="lora,qlora", learning_rates="2e-4", seeds=1, max_steps=7))
-    before = told[: told.index("started")]
-    assert any(re.match("About .* a run, by the plan with evaluations: 7 steps of 8 rows", line) for line in before)
+    before = " ".join(told[: told.index("started")])
+    said = re.search("About .*, (.*) a run, by the plan with evaluations: 7 steps of 8 rows", before)
+    assert said is not None
+    assert said[1] in {duration(imports * run.BESIDE_IMPORTS + more) for more in (0, 1, 2)}
 
 
 @pytest.mark.usefixtures("real_processes")

@@ -48,7 +48,7 @@ from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.extend import Traces
 from rankwise.planning.facts import read_model
-from rankwise.planning.hardware import cpu_hardware, this_machine
+from rankwise.planning.hardware import cpu_hardware, import_seconds, this_machine
 from rankwise.planning.speed import pace_of, step_seconds
 from rankwise.planning.workload import planned_methods, workload_of
 from rankwise.records import write_json
@@ -60,9 +60,6 @@ from rankwise.reports.words import smallest_found
 ENDINGS = (".in", ".json", ".yaml")
 # Of English in usual tokenizers, roughly.
 CHARACTERS_A_TOKEN = 4
-# Evaluations of a run, as a rule, and the largest share of its steps' time that they take; the time of a row in an
-# evaluation, as a share of its time in training.
-EVALUATIONS, EVALUATING, ROW_COST = 10, 0.2, 0.5
 
 
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
@@ -142,26 +139,35 @@ def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watch
         watcher.say("How small a difference it finds follows from the runs; no promise is made before two seeds ended.")
 
 
-# Seconds in which a process starts and loads its model; a run has two, for training and for measuring.
-START_SECONDS = 10.0
-PROBE_SECONDS = 0.3
+# What a run takes beside steps and evaluations in its two processes, for training and for measuring, as a multiple of
+# the imports of one: both load the model and write answers. Of demo on a Xeon without AMX.
+BESIDE_IMPORTS = 5.5
+# The least of several moments: others' bursts pass, but who keeps a processor busy is seen in all.
+PROBE_SECONDS, PROBES = 0.3, 3
 
 
 def _waiting() -> float:
     """Elapsed time by processor time of a moment's work: above 1 where other programs take the processor."""
+    return max(1.0, min(_waited() for _ in range(PROBES)))
+
+
+def _waited() -> float:
     began, spent = time.perf_counter(), time.process_time()
     while (worked := time.process_time() - spent) < PROBE_SECONDS:
         sum(range(10_000))
-    return max(1.0, (time.perf_counter() - began) / worked)
+    return (time.perf_counter() - began) / worked
 
 
 def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
     """The time of all runs on this machine, by the memory plan's estimate of a step."""
+    from rankwise.training.learning import ROW_COST, evaluation_steps_of
+    from rankwise.training.products import affordable_rows
+
     shared, hardware = shared_training(given), cpu_hardware() if given.device == "cpu" else this_machine()
     tokens = max(2, min(given.max_length, inputs.row_characters // CHARACTERS_A_TOKEN))
     rows = given.batch_size * given.gradient_accumulation
     steps = given.max_steps or math.ceil(inputs.train_rows * given.epochs / rows)
-    code, seconds, count = given.trust_remote_code, 0.0, 0.0
+    code, seconds, count, beside = given.trust_remote_code, 0.0, 0.0, BESIDE_IMPORTS * import_seconds()
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=code, weights=False)
     try:
         model = read_model(source, trust_remote_code=code)
@@ -169,15 +175,21 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
         for name in plan.methods:
             method, changes = variant_of(name)
             step = workload_of({**shared, **changes, "max_length": tokens}, hardware)
+            if not affordable_rows(given.batch_size, tokens, steps * given.gradient_accumulation):
+                # Where 8 bits are not measured, `auto` does not take them.
+                step = dataclasses.replace(step, products="bfloat16" if step.products == "auto" else step.products)
             pace = pace_of(hardware, step.dtype)
             if method not in planned_methods() or pace is None:
                 return f"No speed is known of {method} on {hardware.name}; the time left is told after the first run."
-            # Short runs take so many times a run's steps.
-            runs = given.seeds + given.budget if given.budget else planned_runs(1, len(plan.rates[name]), given.seeds)
             each = step_seconds(ask(method, step), model.facts, step, pace, given.gradient_accumulation)
             evaluation = ROW_COST * each * inputs.eval_rows / rows
-            a_run = steps * each + evaluation + min(EVALUATIONS * evaluation, EVALUATING * steps * each)
-            seconds, count = seconds + runs * (a_run + 2 * START_SECONDS), count + runs
+            # One more before the first step, and one of the measurement.
+            evaluations = math.ceil(steps / evaluation_steps_of(steps, rows, inputs.eval_rows)) + 2
+            a_run = steps * each + evaluations * evaluation
+            runs = given.seeds if given.budget else planned_runs(1, len(plan.rates[name]), given.seeds)
+            # Short runs, within a method's first, take so many times a run's steps, and evaluate once each.
+            searching = given.budget * steps * each + len(plan.rates[name]) * evaluation if given.budget else 0.0
+            seconds, count = seconds + searching + runs * (a_run + beside), count + runs
     except InputError as error:
         return f"The time cannot be estimated: {error.message}"
     if hardware.device_type == "cpu":

@@ -357,8 +357,8 @@ def in_blocks(size_bytes: int) -> int:
 # --- what a CPU's process takes without a model ---
 
 IDLE_PROCESS = (
-    "import rankwise.planning.guard, rankwise.training.run, rankwise.cli.train; "
-    "from rankwise.acceleration import anonymous_memory_bytes; print(anonymous_memory_bytes())"
+    "import time, rankwise.planning.guard, rankwise.training.run, rankwise.cli.train; "
+    "from rankwise.acceleration import anonymous_memory_bytes; print(anonymous_memory_bytes(), time.process_time())"
 )
 
 
@@ -371,13 +371,21 @@ def idle_process_bytes() -> int:
 @functools.cache
 def begin_idle_process() -> Future[float]:
     """Measure it beside other work, since its imports take seconds."""
-    versions = " ".join(f"{name} {version(name)}" for name in ("rankwise", "torch", "transformers"))
-    return ThreadPoolExecutor(1).submit(measured_here, f"idle process, {versions}", _idle_process_bytes)
+    return ThreadPoolExecutor(1).submit(measured_here, f"idle process, {_versions()}", lambda: _idle_process()[0])
 
 
-def _idle_process_bytes() -> float:
+def import_seconds() -> float:
+    """The processor's time of such a process: that of its imports."""
+    return measured_here(f"imports, {_versions()}", lambda: _idle_process()[1])
+
+
+def _versions() -> str:
+    return " ".join(f"{name} {version(name)}" for name in ("rankwise", "torch", "transformers"))
+
+
+def _idle_process() -> list[float]:
     done = subprocess.run([sys.executable, "-c", IDLE_PROCESS], capture_output=True, encoding="utf-8", check=True)
-    return float(done.stdout)
+    return [float(figure) for figure in done.stdout.split()]
 
 
 def measured_here(key: str, measure: Callable[[], float], *, again: bool = False) -> float:
