@@ -25,7 +25,7 @@ from disk_cases import Cases
 from in_process import steps_in_this_process
 from rankwise.cli import export_proof
 from rankwise.compat.system import cache_folder
-from rankwise.planning.hardware import idle_process_bytes
+from rankwise.planning.hardware import idle_process_bytes, import_seconds
 
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "open")
 FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto")
@@ -141,6 +141,7 @@ def main_of(folder: Path) -> None:
 
     # Measured once on a machine, in a process of its own.
     idle_process_bytes()
+    import_seconds()
     steps_in_this_process(pytest.MonkeyPatch())
     cases = Audited(folder)
     cases.prepare()
