@@ -31,6 +31,7 @@ from rankwise.comparison.rounds import Rounds
 from rankwise.comparison.stages import Cell, Plan, possible_jobs
 from rankwise.config import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
+from rankwise.planning.workload import Workload
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.numbers import duration
 from rankwise.reports.page import page
@@ -242,6 +243,26 @@ def test_the_time_of_all_steps_is_told_before_the_first_run(
     said = re.search("About .*, (.*) a run, by the plan with evaluations: 7 steps of 8 rows", before)
     assert said is not None
     assert said[1] in {duration(imports * run.BESIDE_IMPORTS + more) for more in (0, 1, 2)}
+
+
+@pytest.mark.parametrize(("max_steps", "products"), [(7, "bfloat16"), (100_000, "auto")])
+def test_a_run_too_short_to_measure_eight_bits_is_expected_without_them(
+    max_steps: int, products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def step_seconds(estimate: object, facts: object, workload: Workload, *_: object) -> float:
+        assert workload.products == products
+        raise ConfigError("RW112", "asked")
+
+    def say(text: str) -> None:
+        if text == "The time cannot be estimated: asked":
+            raise Interrupted("RW587", "heard")
+
+    monkeypatch.setattr(run, "import_seconds", lambda: 1.0)
+    monkeypatch.setattr(run, "step_seconds", step_seconds)
+    watcher = Quiet()
+    watcher.say = say  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="heard"):
+        compare(watcher=watcher, **given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1, max_steps=max_steps))
 
 
 @pytest.mark.usefixtures("real_processes")
