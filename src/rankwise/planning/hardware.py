@@ -383,6 +383,7 @@ def _versions() -> str:
     return " ".join(f"{name} {version(name)}" for name in ("rankwise", "torch", "transformers"))
 
 
+@functools.cache
 def _idle_process() -> list[float]:
     done = subprocess.run([sys.executable, "-c", IDLE_PROCESS], capture_output=True, encoding="utf-8", check=True)
     return [float(figure) for figure in done.stdout.split()]
@@ -393,7 +394,9 @@ def measured_here(key: str, measure: Callable[[], float], *, again: bool = False
     file = cache_folder() / "machine.json"
     known = kept_json(file) or {}
     if again or key not in known:
-        known[key] = measure()
+        figure = measure()
+        # Others may have kept theirs meanwhile.
+        known = {**(kept_json(file) or {}), key: figure}
         keep_json(file, known)
     return float(known[key])
 
