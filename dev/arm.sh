@@ -8,7 +8,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 mkdir -p "$1" && HERE=$(cd "$1" && pwd) && shift
-SYSTEM=$HERE/system SITE=$HERE/site WHEEL=$(echo "$ROOT"/dist/rankwise-*_aarch64.whl)
+# Of another name, dill would take the packages for a user's own code, and pickle what is in them.
+SYSTEM=$HERE/system SITE=$HERE/site-packages WHEEL=$(echo "$ROOT"/dist/rankwise-*_aarch64.whl)
 TESTS=(
     tests/ops/test_operators.py tests/ops/test_native.py tests/ops/test_elementwise_native.py tests/ops/test_row_cross.py
     tests/ops/test_gguf_blocks.py tests/ops/test_low_rank_linear.py
