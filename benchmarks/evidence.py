@@ -9,7 +9,8 @@ on the same rows of E2E, one after the other, and one evaluator scores both adap
 but for gradient checkpointing, which is off, and rows grouped by length. Dropout is 0 on both sides.
 
 Each cell is written when it is done, with the commit, into benchmarks/results/evidence_PROCESSOR.json; evidence.md
-beside it is made anew. Run it where nothing else runs.
+beside it is made anew. The list is one, whichever processors its cells run on: the two sides of a cell share one. Run
+it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     contenders.silence()
     about = {"command": results.command(), "machine": results.machine(), "versions": results.versions()}
-    file = given.output / f"{results.usual_name('evidence', about)}.json"
+    maker = about["machine"]["processor"].partition(" ")[0].partition("(")[0].lower()
+    file = given.output / f"{results.usual_name('evidence', about)}_{maker}.json"
     run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**about, "cells": {}}
-    for cell in [cell for cell in cells() if str(cell) not in run["cells"]][: given.cells]:
+    done = {name for other in results.runs_of("evidence", given.output) for name in other["cells"]}
+    for cell in [cell for cell in cells() if str(cell) not in done][: given.cells]:
         print(cell, file=sys.stderr, flush=True)
         run["cells"][str(cell)] = {**measured(cell, given), "commit": commit(about)}
         results.publish(given.output, "evidence", run, page, file.stem)
@@ -105,7 +108,7 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
 # --- the page ---
 
 HEADINGS = (
-    *("model", "method", "seeds", "tokens/s: TRL + PEFT", "rankwise", "times as fast"),
+    *("model", "method", "seeds", "processor", "tokens/s: TRL + PEFT", "rankwise", "times as fast"),
     *("peak MB: TRL + PEFT", "rankwise", "planned", "loss: before", "TRL + PEFT", "rankwise"),
 )
 
@@ -116,44 +119,47 @@ def page(runs: list[results.Run]) -> list[str]:
     lines += [
         f"Steps of {ROWS} rows: {steps}; r = {contenders.R} on all linear layers, learning rate {RATE:g}, dropout 0. "
         "Both sides train on the same rows, the peer's grouped by length, without gradient checkpointing, else with "
-        "TRL's defaults. Tokens a second of the training steps; medians over seeds. Loss a label token on "
-        f"{EVAL_ROWS} held-out rows, by one evaluator. Peak: anonymous memory and what the model maps of its file. "
+        "TRL's defaults. Tokens a second of the training steps and peaks are those of the first seed, losses medians "
+        f"over seeds: a label token on {EVAL_ROWS} held-out rows, by one evaluator. Peak: anonymous memory and what "
+        "the model maps of its file. The two sides of a row ran on one processor. "
         f"`{OVER_FILE}` trains over the GGUF's own bits, which the peer does not.",
         "",
     ]
-    for run in runs:
-        groups: dict[tuple[str, str], list[Cell]] = {}
-        for cell in cells():
-            groups.setdefault((cell.model, cell.method), []).append(cell)
-        lines += [f"## {results.processor(run)}", ""]
-        lines += [*results.table(HEADINGS, (_row(run, *key, group) for key, group in groups.items())), ""]
-        commits = sorted({found["commit"] for found in run["cells"].values()})
-        lines += [f"{len(run['cells'])} of {len(list(cells()))} cells have run, at {', '.join(commits)}.", ""]
-    return lines[:-1]
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells():
+        groups.setdefault((cell.model, cell.method), []).append(cell)
+    done = {name: (run, found) for run in runs for name, found in run["cells"].items()}
+    lines += results.table(HEADINGS, (_row(done, *key, group) for key, group in groups.items()))
+    commits = sorted({found["commit"] for _, found in done.values()})
+    return [*lines, "", f"{len(done)} of {len(list(cells()))} cells have run, at {', '.join(commits)}."]
 
 
-def _row(run: results.Run, model: str, method: str, group: Sequence[Cell]) -> list[str]:
-    done = [run["cells"][str(cell)] for cell in group if str(cell) in run["cells"]]
-    if not done:
+def _row(done: dict[str, tuple[results.Run, results.Run]], model: str, method: str, group: Sequence[Cell]) -> list[str]:
+    found = [done[str(cell)] for cell in group if str(cell) in done]
+    if not found:
         return [model, method, f"0 of {len(group)}", "not run yet", *[""] * (len(HEADINGS) - 4)]
+    # Speed and memory are of one processor.
+    run, first = found[0]
 
-    def median(side: str, value: str) -> float | None:
-        found = [cell[side][value] for cell in done if side in cell and cell[side].get(value) is not None]
-        return statistics.median(found) if found else None
+    def value(side: str, name: str) -> float | None:
+        return first.get(side, {}).get(name)
 
     def speed(side: str) -> float | None:
-        found = [cell[side]["tokens"] / cell[side]["train_seconds"] for cell in done if side in cell]
-        return statistics.median(found) if found else None
+        return first[side]["tokens"] / first[side]["train_seconds"] if side in first else None
+
+    def loss(side: str) -> float | None:
+        losses = [cell["eval_loss"][side] for _, cell in found if "eval_loss" in cell]
+        return statistics.median(losses) if losses else None
 
     ours, peer = speed("ours"), speed("peer")
-    peaks = (median("peer", "peak_memory_bytes"), median("ours", "peak_memory_bytes"))
-    planned = median("ours", "predicted_peak_memory_bytes")
-    name, seeds = f"{method}{end_to_end.products(done[0])}", f"{len(done)} of {len(group)}"
+    peaks = (value("peer", "peak_memory_bytes"), value("ours", "peak_memory_bytes"))
+    planned = value("ours", "predicted_peak_memory_bytes")
     return [
-        *(model, name, seeds, results.number(peer, 0), results.number(ours, 0)),
+        *(model, f"{method}{end_to_end.products(first)}", f"{len(found)} of {len(group)}", results.processor(run)),
+        *(results.number(peer, 0), results.number(ours, 0)),
         "" if peer is None or ours is None else f"{ours / peer:.2f}",
-        *(results.number(value and value / 1e6, 0) for value in (*peaks, planned)),
-        *(results.number(median("eval_loss", side), 4) for side in ("base", "peer", "ours")),
+        *(results.number(each and each / 1e6, 0) for each in (*peaks, planned)),
+        *(results.number(loss(side), 4) for side in ("base", "peer", "ours")),
     ]
 
 

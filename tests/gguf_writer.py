@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from rankwise.foreign import read_json
-from rankwise.models.gguf_names import GgufNames
+from rankwise.models.gguf_file import GgufNames
 
 # What transformers' table of keys leaves out.
 EXTRA_KEYS = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankwise import ops
-from rankwise.models.gguf_names import ARCHITECTURES
+from rankwise.models.gguf_file import ARCHITECTURES
 from tiny_models import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -180,6 +180,7 @@ def test_evidence_goes_on_with_its_list_and_marks_what_has_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
+    machine = results.machine()
     side = {"tokens": 10, "train_seconds": 2.0, "peak_memory_bytes": 3e6, "acceleration": ""}
 
     def measured(cell: evidence.Cell, given: object) -> dict[str, Any]:
@@ -189,9 +190,12 @@ def test_evidence_goes_on_with_its_list_and_marks_what_has_not_run(
     monkeypatch.setattr(evidence, "measured", measured)
     words = [str(tmp_path), "--data", "t.csv", "--eval-data", "d.csv", "--output", str(tmp_path)]
     evidence.main([*words, "--cells", "1"])
+    # Another processor goes on with the same list.
+    monkeypatch.setattr(results, "machine", lambda: {**machine, "processor": "Other CPU"})
     evidence.main([*words, "--cells", "2"])
     assert ran == [str(cell) for cell in evidence.cells()][:3]
     rows = [line for line in (tmp_path / "evidence.md").read_text().splitlines() if line.startswith("| 0.5B | qlora")]
     assert "1 of 3" in rows[0]
     assert "4.00" in rows[0]
+    assert (tmp_path / "evidence.md").read_text().count("Other CPU") == 3
     assert "not run yet" in (tmp_path / "evidence.md").read_text()

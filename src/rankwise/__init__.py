@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from rankwise.quantization import Linear4bit as Linear4bit
     from rankwise.quantization import Nf4Config as Nf4Config
     from rankwise.quantization import quantize as quantize
-    from rankwise.verbs.batches import batches as batches
     from rankwise.verbs.compare import compare as compare
     from rankwise.verbs.evaluate import evaluate as evaluate
     from rankwise.verbs.plan import plan as plan
+    from rankwise.verbs.train import batches as batches
     from rankwise.verbs.train import train as train
 
 _HOMES = {
@@ -47,7 +47,7 @@ _HOMES = {
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
     "add_adapter": "rankwise.adapters",
-    "batches": "rankwise.verbs.batches",
+    "batches": "rankwise.verbs.train",
     "combine_adapters": "rankwise.export.pairs",
     "compare": "rankwise.verbs.compare",
     "disable_adapter": "rankwise.adapters",

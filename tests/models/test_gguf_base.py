@@ -17,8 +17,7 @@ from rankwise import ops
 from rankwise.errors import ModelError, QuantizationError, RankwiseWarning
 from rankwise.models import load_model, model_facts
 from rankwise.models.gguf_base import _File
-from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.gguf_names import ONLY_ADAPTERS
+from rankwise.models.gguf_file import ONLY_ADAPTERS, read_gguf_header
 from rankwise.models.prepared import mapped_files
 from rankwise.quantization.config import FileConfig
 from rankwise.quantization.experts import dequantize, four_bit_stacks

@@ -23,7 +23,7 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
-from rankwise.training.weights import load_state, save_state
+from rankwise.training.states import load_state, save_state
 
 
 def write(folder: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch.distributed as dist
 
 import rankwise as rw
-from rankwise.acceleration.memory import shard
 from rankwise.config import TrainSettings
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RunError
@@ -21,6 +20,7 @@ from rankwise.training.parts import Given
 from rankwise.training.ranks import check_alike
 from rankwise.training.setup import with_adapters_options
 from rankwise.training.watch import SilentObserver
+from rankwise.training.weights import shard
 from several import LAUNCHERS
 from tiny_models import tiny_llama
 

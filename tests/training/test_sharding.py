@@ -13,12 +13,12 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from rankwise.acceleration.memory import shard
 from rankwise.compat.torch import is_sharded, is_unit
 from rankwise.compat.transformers import before_weights
 from rankwise.training import ranks
 from rankwise.training.weights import (
     load_weights,
+    shard,
     shard_before_loading,
     sharded_state,
     whole,

@@ -1,5 +1,5 @@
 """Memory of a training process: freed blocks are kept, blocks of a model are recomputed without holes in the heap,
-activations can wait in CPU memory, and weights can be spread over processes.
+and activations can wait in CPU memory.
 
 glibc returns large blocks at every free, and each new block costs page faults. The thresholds apply to the whole
 process and cannot be read back, so they are set once and stay. `limit_generated_kernels`, `share_one_heap` and
@@ -15,7 +15,7 @@ import os
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -29,29 +29,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rankwise.acceleration.parts import Undo, class_forward, replace_forward
 from rankwise.compat.system import anonymous_memory_bytes as anonymous_memory_bytes
 from rankwise.compat.system import glibc
-from rankwise.compat.torch import (
-    Ctx,
-    hooks_around,
-    is_sharded,
-    own_buffers,
-    own_part,
-    storage_address,
-    tree_iter,
-    writes_to,
-)
-from rankwise.compat.transformers import (
-    checkpointing_by,
-    checkpointing_of,
-    collects_outputs,
-    decoder_layers,
-    is_collecting_hook,
-)
-from rankwise.errors import ConfigError
+from rankwise.compat.torch import Ctx, hooks_around, own_part, storage_address, tree_iter, writes_to
+from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
+    pass
 
 # mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
@@ -389,60 +372,3 @@ def offloaded(model: nn.Module, elsewhere: Callable[[], AbstractContextManager[N
             yield
     finally:
         hooks.finish()
-
-
-# FSDP2 of a prepared model: each process keeps some rows of every weight, which are gathered while a layer runs. The
-# memory plan traces the same code over fake processes.
-
-
-def mesh_of_all(device_type: str) -> DeviceMesh:
-    """A one-dimensional mesh of all processes."""
-    import torch.distributed as dist
-
-    return dist.device_mesh.init_device_mesh(device_type, (dist.get_world_size(),))
-
-
-def shard(model: PreTrainedModel, mesh: DeviceMesh, *, trains_all: bool) -> None:
-    """Shard every frozen weight, or every weight with ``trains_all``, by rows over the processes.
-
-    Raises ConfigError (RW148) for a model that does not declare its layers.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    layers = decoder_layers(model)
-    if not layers:
-        raise ConfigError(
-            "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not declare layers; take ddp."
-        )
-    for module in model.modules():
-        # FSDP2 shards parameters only, so the scales become one.
-        if (scales := own_buffers(module).pop("absmax", None)) is not None:
-            module.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
-
-    def is_apart(name: str, parameter: nn.Parameter) -> bool:
-        # Vectors stay replicated: together they are less than a thousandth of a model.
-        return parameter.requires_grad or (parameter.dim() < 2 and not name.endswith(".absmax"))
-
-    apart = {parameter for name, parameter in model.named_parameters() if is_apart(name, parameter)}
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=set() if trains_all else apart)
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over all processes. For shards, FSDP2 has done this already."""
-    import torch.distributed as dist
-
-    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
-    for parameter in replicated:
-        if parameter.grad is None:
-            # Another process may have routed tokens to this expert.
-            parameter.grad = torch.zeros_like(parameter)
-    grads = [parameter.grad for parameter in replicated if parameter.grad is not None]
-    if not grads:
-        return
-    flat = torch.cat([grad.flatten().float() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view(grad.shape))

@@ -39,7 +39,7 @@ from rankwise.export.pairs import (
 )
 from rankwise.export.proof import Proof
 from rankwise.foreign import sha256_of
-from rankwise.models.gguf_names import GgufNames
+from rankwise.models.gguf_file import GgufNames
 from rankwise.records import write_json, write_text
 from rankwise.serving import MODEL_FILE, SERVERS, served_by, served_whole
 

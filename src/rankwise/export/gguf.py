@@ -2,7 +2,7 @@
 
 The loader computes W x + (alpha / r) B A x, with r read from each B; alpha = r makes that scale 1. In numpy's order
 lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), of an embedding (vocabulary, r) and
-(dim, r). Rows of W (out, in) and of B (out, r) are ordered alike (`rankwise.models.gguf_names`).
+(dim, r). Rows of W (out, in) and of B (out, r) are ordered alike (`rankwise.models.gguf_file`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from rankwise.adapters.state import base_modules
 from rankwise.disk import naming
 from rankwise.errors import AdapterError, ModelError, some_of
 from rankwise.export.pairs import Pair, Pairs
-from rankwise.models.gguf_file import GgufHeader, read_gguf_header
-from rankwise.models.gguf_names import GgufNames
+from rankwise.models.gguf_file import GgufHeader, GgufNames, read_gguf_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

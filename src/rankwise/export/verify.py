@@ -37,8 +37,7 @@ from rankwise.export.gguf import EMBEDDING, HEAD
 from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
 from rankwise.models.folder import read_config
-from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.gguf_names import GgufNames
+from rankwise.models.gguf_file import GgufNames, read_gguf_header
 from rankwise.quantization.config import FourBitConfig, Nf4Config
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names

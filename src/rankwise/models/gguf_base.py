@@ -19,8 +19,7 @@ from transformers.initialization import no_init_weights
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import ModelError, some_of, warn
 from rankwise.models.folder import auto_class
-from rankwise.models.gguf_file import GgufTensor, read_gguf_header
-from rankwise.models.gguf_names import ARCHITECTURES, ONLY_ADAPTERS, GgufNames, Part
+from rankwise.models.gguf_file import ARCHITECTURES, ONLY_ADAPTERS, GgufNames, GgufTensor, Part, read_gguf_header
 from rankwise.ops import gguf_blocks
 from rankwise.ops.gguf_blocks import GGUF_TYPES
 from rankwise.ops.packed_weight import PackedWeight

@@ -19,7 +19,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.memory import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
 from rankwise.adapters.lora import Dora
@@ -56,6 +55,7 @@ from rankwise.quantization.linear import features
 from rankwise.quantization.targets import four_bit_layers, four_bit_modules
 from rankwise.training.batches import KEY
 from rankwise.training.step import TrainingStep, around_step
+from rankwise.training.weights import shard
 
 
 class Traced:

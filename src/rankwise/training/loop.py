@@ -28,20 +28,22 @@ from rankwise.training.batches import Batch, means_of, own_parts, without_rows
 from rankwise.training.checkpoints import FOLDER, Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
 from rankwise.training.parts import Pace
+from rankwise.training.states import (
+    load_state,
+    random_states,
+    reading_state,
+    save_state,
+    seed_all,
+    set_random_states,
+    undisturbed_random_states,
+)
 from rankwise.training.step import Objective, TrainingStep, mixed, targets_of
 from rankwise.training.watch import Diverged, EvaluationStopped, Progress, StepSums, Watch
 from rankwise.training.weights import (
     checkpoint_bytes,
-    load_state,
     load_weights,
-    random_states,
-    reading_state,
-    save_state,
     save_weights,
-    seed_all,
-    set_random_states,
     sharded_state,
-    undisturbed_random_states,
     whole,
     whole_state,
     whole_weights,

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig
 
 from rankwise.acceleration import grow_segments, keep_rounded, limit_generated_kernels, restore, rounded_bytes
 from rankwise.acceleration.layouts import beginnings_in_words
-from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
 from rankwise.compat.system import WAIT_POLICIES, cache_folder
@@ -60,9 +59,11 @@ from rankwise.training.rate_search import rate_before, rates_to_try, search
 from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens
+from rankwise.training.states import reading_state
 from rankwise.training.step import TO_BE_MEASURED, Computing, Objective, Prepared, Products, choose, prepare_model
-from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
-from rankwise.training.weights import checkpoint_bytes, reading_state
+from rankwise.training.trackers import check_installed
+from rankwise.training.watch import Observer, Progress, SilentObserver, evaluations, frozen_bytes
+from rankwise.training.weights import checkpoint_bytes, mesh_of_all, shard
 
 # Settings on which no loss depends.
 NOT_OF_THE_LOSS = ("output", "overwrite", "ignore_plan")

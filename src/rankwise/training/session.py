@@ -48,27 +48,21 @@ from rankwise.training.ranks import Interrupt, interrupts
 from rankwise.training.rate_search import search_file
 from rankwise.training.reference import FILE as REFERENCE_FILE
 from rankwise.training.reference import Reference, read_values, write_values
+from rankwise.training.states import undisturbed_random_states
 from rankwise.training.step import mixed
+from rankwise.training.trackers import Trackers
 from rankwise.training.watch import (
     Callbacks,
     EvaluationStopped,
     GradientCheck,
     MemoryMeter,
     Observer,
-    Trackers,
     Watch,
     begin_metrics,
     evaluated_rewards,
     evaluations,
 )
-from rankwise.training.weights import (
-    check_written,
-    load_weights,
-    save_weights,
-    undisturbed_random_states,
-    weights_digest,
-    whole_weights,
-)
+from rankwise.training.weights import check_written, load_weights, save_weights, weights_digest, whole_weights
 
 PLOT_FILE = "loss.svg"
 CARD_FILE = "README.md"

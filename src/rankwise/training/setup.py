@@ -48,7 +48,8 @@ from rankwise.records import record_of
 from rankwise.training import ranks, step
 from rankwise.training.batches import longest_row
 from rankwise.training.parts import Base, Given, Reading
-from rankwise.training.weights import seed_all, shard_before_loading
+from rankwise.training.states import seed_all
+from rankwise.training.weights import shard_before_loading
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
 

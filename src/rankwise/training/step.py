@@ -32,7 +32,6 @@ from rankwise.acceleration import (
 )
 from rankwise.acceleration.layouts import Layout
 from rankwise.acceleration.log_probs import sharing_obstacle
-from rankwise.acceleration.memory import average_gradients
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.inject import add_by, attach
@@ -49,7 +48,7 @@ from rankwise.quantization.targets import four_bit_modules
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
 from rankwise.training.watch import StepSums
-from rankwise.training.weights import gathered_for_tests
+from rankwise.training.weights import average_gradients, gathered_for_tests
 
 Products = Literal["bfloat16", "int8"]
 TO_BE_MEASURED = "to be measured"

@@ -1,16 +1,11 @@
-"""What a run measures, checks and tells: seconds, bytes, gradients; its observer, ``metrics.jsonl``, trackers."""
+"""What a run measures, checks and tells: seconds, bytes, gradients; its observer and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import json
 import math
-import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,19 +21,18 @@ from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.lora import MAGNITUDE
 from rankwise.compat.torch import own_part
 from rankwise.disk import appending
-from rankwise.errors import ConfigError, RunError, one_line, some_of, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.errors import ConfigError, RunError, some_of
+from rankwise.foreign import Fields
 from rankwise.labels import MEASURES
 from rankwise.models.prepared import MappedFiles
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
 from rankwise.training.batches import Counted, Figures
-from rankwise.training.weights import undisturbed_random_states
+from rankwise.training.states import undisturbed_random_states
+from rankwise.training.trackers import Trackers
 
 # Growth of the memory after a step, beyond its usual amount, from which freed memory goes back to the system.
 HOLES_GROWTH = 1.05
-# (log(values, step), finish()) of a tracker that has begun.
-Begun = tuple[Callable[[dict[str, Any], int], Any], Callable[[], None]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -577,82 +571,3 @@ def _line(values: Fields) -> str:
     # JSON has no NaN and no infinity; they become null.
     clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}
     return json.dumps(clean) + "\n"
-
-
-# --- trackers ---
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """Raise ConfigError (RW794) for trackers whose package is missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        packages = " ".join(missing)
-        raise ConfigError(
-            "RW794", f"--report-to {', '.join(missing)} needs packages that are missing; run pip install {packages}."
-        )
-
-
-def begin(name: str, folder: Path, settings: JsonObject) -> Begun:
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer: Any = SummaryWriter(os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "tensorboard"))
-        return lambda values, step: [writer.add_scalar(key, values[key], step) for key in values], writer.close
-    own = {"resume": "allow", "embed": False} if name == "trackio" else {}
-    project = os.environ.get(f"{name.upper()}_PROJECT", "rankwise")
-    run = importlib.import_module(name).init(project=project, name=folder.name, config=settings, **own)
-    return run.log, run.finish
-
-
-class Trackers:
-    """The trackers of a run, from entering to leaving. Raises RunError (RW629) for one that cannot begin; one that
-    fails later is dropped (RW630)."""
-
-    def __init__(self, names: Sequence[str], folder: Path, settings: JsonObject, predicted_bytes: int | None) -> None:
-        self.names, self.folder, self.settings, self.predicted_bytes = names, folder, settings, predicted_bytes
-        self.begun: dict[str, Begun] = {}
-
-    def __enter__(self) -> Trackers:
-        for name in self.names:
-            try:
-                with _on_stderr():
-                    self.begun[name] = begin(name, self.folder, self.settings)
-            except Exception as error:
-                self.__exit__()
-                advice = "correct that, or leave the tracker out of --report-to, and continue with --resume"
-                raise RunError("RW629", f"{_failed(name, error)}; {advice}.") from error
-        return self
-
-    def log(self, line: Mapping[str, Any], step: int) -> None:
-        """Log a line under the sections eval, memory and train; beside the peak so far, what the plan predicts."""
-        values, peak = dict(line), line.get("peak_memory_bytes")
-        if self.predicted_bytes and peak is not None:
-            values["predicted_peak_memory_bytes"] = self.predicted_bytes
-            values["peak_memory_of_predicted"] = peak / self.predicted_bytes
-        part = "eval" if "eval_loss" in line else "train"
-        placed = {
-            f"{'memory' if 'memory' in name else part}/{name.removeprefix('eval_')}": values[name] for name in values
-        }
-        for name, begun in list(self.begun.items()):
-            self._call(name, begun[0], placed, step)
-
-    def __exit__(self, *_: object) -> None:
-        for name, begun in list(self.begun.items()):
-            self._call(name, begun[1])
-
-    def _call(self, name: str, call: Callable[..., None], *given: Any) -> None:
-        try:
-            with _on_stderr():
-                call(*given)
-        except Exception as error:  # noqa: BLE001  trackers raise exceptions of their own libraries
-            del self.begun[name]
-            warn("RW630", f"{_failed(name, error)}; the run continues without it.")
-
-
-def _on_stderr() -> contextlib.AbstractContextManager[Any]:
-    """What trackers print, kept out of the document of --json."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
-def _failed(name: str, error: Exception) -> str:
-    return f"the tracker {name} failed: {one_line(error)}"

@@ -1,31 +1,23 @@
-"""What a checkpoint holds: the weights that train, and the states of optimizers and random generators.
+"""The weights that train, their files, and the states of their optimizers, in one process or in shards (FSDP2).
 
-Weights are an adapter in PEFT's format or a whole model, in one process or in shards (FSDP2). Each process keeps some
-rows of every weight, and a layer's weights are gathered only while the layer runs. A unit is one decoder layer; the
-modules outside of the layers (embedding, last norm, head) form one more unit. Packed 4-bit weights are sharded by row
-as uint8, and so are their first-level scales; second-level scales, 1/256 as many, are replicated. Adapters are small,
-and replicated too: one all-reduce of their gradients ends a step, and adapters, their optimizer and their checkpoints
-are the same as without sharding. With ``full``, gradients and optimizer states are shards as the weights are. The
-operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a weight saved in a forward pass
-is whole again in the backward pass.
-
-A state is a tree of dicts, lists and scalars that holds tensors, written as safetensors and JSON, exact and without
-pickle. The tensors are numbered in ``NAME.safetensors``; the rest is ``NAME.json``, where ``{"$tensor": "0"}`` is the
-first of them. A tensor that consists of others, as the states of torchao's optimizers, is its class and its parts. From
-JSON, tuples come back as lists, and keys as text.
+Weights are an adapter in PEFT's format or a whole model. In shards, each process keeps some rows of every weight, and a
+layer's weights are gathered only while the layer runs. A unit is one decoder layer; the modules outside of the layers
+(embedding, last norm, head) form one more unit. Packed 4-bit weights are sharded by row as uint8, and so are their
+first-level scales; second-level scales, 1/256 as many, are replicated. Adapters are small, and replicated too: one
+all-reduce of their gradients ends a step, and adapters, their optimizer and their checkpoints are the same as without
+sharding. With ``full``, gradients and optimizer states are shards as the weights are. The operators see gathered
+weights: FSDP2 gathers into the same tensor each time, so that a weight saved in a forward pass is whole again in the
+backward pass. The memory plan traces the same code over fake processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -33,17 +25,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, StateDict
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.folder import WEIGHTS_FILE
 from rankwise.adapters.inject import guest_of
 from rankwise.adapters.select import module_names
-from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_part, own_rows
-from rankwise.compat.transformers import is_converted_by_parts
-from rankwise.errors import InternalError, RunError, one_line
+from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_buffers, own_part, own_rows
+from rankwise.compat.transformers import decoder_layers, is_converted_by_parts
+from rankwise.errors import ConfigError, RunError, one_line
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
@@ -129,6 +123,39 @@ def _load_model(model: nn.Module, folder: Path) -> None:
             raise ValueError(f"{name} is {tuple(values[name].shape)} and the model has {tuple(parameter.shape)}")
         value = own_rows(values[name], parameter) if is_sharded(parameter) else values[name]
         own_part(parameter).copy_(value)
+
+
+def mesh_of_all(device_type: str) -> DeviceMesh:
+    """A one-dimensional mesh of all processes."""
+    import torch.distributed as dist
+
+    return dist.device_mesh.init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh, *, trains_all: bool) -> None:
+    """Shard every frozen weight, or every weight with ``trains_all``, by rows over the processes.
+
+    Raises ConfigError (RW148) for a model that does not declare its layers.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    layers = decoder_layers(model)
+    if not layers:
+        raise ConfigError(
+            "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not declare layers; take ddp."
+        )
+    for module in model.modules():
+        # FSDP2 shards parameters only, so the scales become one.
+        if (scales := own_buffers(module).pop("absmax", None)) is not None:
+            module.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
+
+    def is_apart(name: str, parameter: nn.Parameter) -> bool:
+        # Vectors stay replicated: together they are less than a thousandth of a model.
+        return parameter.requires_grad or (parameter.dim() < 2 and not name.endswith(".absmax"))
+
+    apart = {parameter for name, parameter in model.named_parameters() if is_apart(name, parameter)}
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=set() if trains_all else apart)
 
 
 def shard_before_loading(
@@ -262,131 +289,21 @@ def _with_moments(state: StateDict, optimizer: Optimizer, change: Callable[[Any,
     return {**state, "state": changed}
 
 
-# --- states without pickle ---
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over all processes. For shards, FSDP2 has done this already."""
+    import torch.distributed as dist
 
-
-# The keys of a tensor's number, of a dtype's name, and of the class of a tensor that consists of others.
-TENSOR, DTYPE, KIND = "$tensor", "$dtype", "$kind"
-# By generator: "python", "numpy", "cpu", and if there is one "cuda" or "mps".
-RandomStates = dict[str, Any]
-
-
-def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Write ``state`` as ``folder/name.json`` and, if it holds tensors, ``folder/name.safetensors``.
-
-    Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
-    of a different type.
-    """
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-
-    def other(value: object) -> Any:
-        if isinstance(value, np.generic | np.ndarray):
-            return value.tolist()
-        if isinstance(value, torch.dtype):
-            return {DTYPE: str(value).removeprefix("torch.")}
-        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-            names, context = value.__tensor_flatten__()
-            parts = {name: getattr(value, name) for name in names}
-            return {KIND: type(value).__name__, "from": [parts, context, value.shape, value.stride()]}
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            text = f"the {name} state holds a {kind}, which a checkpoint cannot hold; please report this optimizer."
-            raise InternalError("RW590", text)
-        key, value = str(len(tensors)), value.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory. A copy of each would double the optimizer's state.
-        storage = value.untyped_storage().data_ptr()
-        tensors[key] = value.clone() if storage in storages else value
-        storages.add(storage)
-        return {TENSOR: key}
-
-    text = json.dumps(state, default=other)
-    if tensors:
-        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-
-
-def load_state(folder: Path, name: str) -> Any:
-    """Read what ``save_state`` wrote; tensors are on the CPU.
-
-    Raises RunError (RW511) for files that are missing, damaged or do not belong together.
-    """
-    with reading_state(folder, name):
-        path = folder / f"{name}.safetensors"
-        tensors = safetensors.torch.load_file(path) if path.exists() else {}
-        # The classes that their libraries declare safe to load.
-        safe = torch.serialization.get_safe_globals()
-        kinds: dict[str, Any] = {kind.__name__: kind for kind in safe if isinstance(kind, type)}
-
-        def made(found: dict[str, Any]) -> Any:
-            if TENSOR in found:
-                return tensors[found[TENSOR]]
-            if DTYPE in found:
-                return getattr(torch, found[DTYPE])
-            if KIND in found:
-                return kinds[found[KIND]].__tensor_unflatten__(*found["from"])
-            return found
-
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"), object_hook=made)
-
-
-@contextmanager
-def reading_state(folder: Path, name: str) -> Iterator[None]:
-    """Raise errors about the values in a checkpoint's file as RunError (RW511)."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  torch, NumPy and safetensors raise many kinds for values of a wrong form
-        text = f"cannot read the {name} state in {folder}: {one_line(error)}; resume from an older checkpoint."
-        raise RunError("RW511", text) from None
-
-
-def seed_all(seed: int) -> None:
-    """Seed every generator that training draws from."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def random_states() -> RandomStates:
-    """The states of every generator that training draws from: Python's, NumPy's, torch's on each device."""
-    states: RandomStates = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=True),
-        "cpu": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_random_states(states: RandomStates) -> None:
-    """Set every generator to its state in ``states``, a result of ``random_states``.
-
-    Raises RunError (RW511) if the number of CUDA devices differs.
-    """
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        if len(states["cuda"]) != torch.cuda.device_count():
-            raise RunError(
-                "RW511",
-                f"the checkpoint has the random states of {len(states['cuda'])} CUDA devices and this machine shows "
-                f"{torch.cuda.device_count()}; set CUDA_VISIBLE_DEVICES to as many.",
-            )
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
-
-
-@contextmanager
-def undisturbed_random_states() -> Iterator[None]:
-    """A context at whose end the random states are restored, so that an evaluation does not change the training."""
-    states = random_states()
-    try:
-        yield
-    finally:
-        set_random_states(states)
+    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
+    for parameter in replicated:
+        if parameter.grad is None:
+            # Another process may have routed tokens to this expert.
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in replicated if parameter.grad is not None]
+    if not grads:
+        return
+    flat = torch.cat([grad.flatten().float() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view(grad.shape))

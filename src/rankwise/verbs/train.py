@@ -1,4 +1,6 @@
-"""``rw.train``, and what ``rankwise train`` does in one process: fine-tune, and say what came of it."""
+"""``rw.train``, and what ``rankwise train`` does in one process: fine-tune, and say what came of it. ``rw.batches``:
+what a run would see, for a training loop of one's own.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,11 @@ from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
 from rankwise.verbs.output import Output, Shown, watching
-from rankwise.verbs.settings import GenerateSettings, apart, check_paths, settings_of, takes
+from rankwise.verbs.settings import GenerateSettings, apart, check_paths, check_tokenizer, settings_of, takes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rankwise.planning.guard import MemoryGuard
     from rankwise.training.parts import Given
     from rankwise.training.watch import EvaluationInfo, StepInfo
@@ -59,8 +63,8 @@ def train(
     began = time.monotonic()
     from rankwise.acceleration import give_back_freed_memory
     from rankwise.training.parts import Given
+    from rankwise.training.states import undisturbed_random_states
     from rankwise.training.watch import Callbacks
-    from rankwise.training.weights import undisturbed_random_states
 
     options, model, rows = apart(options, tokenizer)
     callbacks = Callbacks(on_step=on_step, on_evaluation=on_evaluation, on_save=on_save)
@@ -333,3 +337,49 @@ def _speed(record: RunRecord) -> str:
         peak += f" (predicted {byte_size(record.predicted_peak_memory_bytes)})"
     speed = "–" if record.tokens_per_second is None else f"{record.tokens_per_second:,.0f}"
     return f"{speed} tokens/s{together}, {peak}, {duration(record.wall_seconds)} in all"
+
+
+def batches(
+    data: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    seed: int = 0,
+    epochs: int = 1,
+    packing: bool = False,
+    chat_template: str | Path | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    skip_bad_rows: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors that ``model(**batch)`` takes, for each micro-batch of a run of ``rw.train`` over demonstrations.
+
+    ``data``: as of ``rw.train``, also a ``datasets.Dataset`` or a list of dicts. Rows and their order are those of a
+    run with this ``seed``; the labels of prompts and padding are -100. With ``packing`` rows lie end to end, (1, T),
+    for a model after ``optimize_for_training``.
+
+    Raises, at the call, DataError as a run does, and ConfigError: RW103 a number below 1, RW115 no tokenizer.
+    """
+    from rankwise.acceleration.layouts import Layout
+    from rankwise.data import encode_rows, read_rows, read_template
+    from rankwise.training.batches import laid_out, packed, shuffled
+
+    check_tokenizer(tokenizer)
+    numbers = {"batch_size": batch_size, "max_length": max_length, "epochs": epochs}
+    if small := [name for name, number in numbers.items() if number < 1]:
+        raise ConfigError("RW103", f"{' and '.join(small)} must be at least 1.")
+    template = None if chat_template is None else read_template(Path(chat_template))
+    rows = read_rows(
+        data, prompt_column=prompt_column, completion_column=completion_column, skip_bad_rows=skip_bad_rows
+    )
+    encoded = encode_rows(
+        rows, tokenizer, max_length=max_length, chat_template=template, skip_bad_rows=skip_bad_rows
+    ).dataset
+    encoded = packed(encoded, max_length, seed) if packing else encoded
+    layout: Layout = "flat" if packing else "padded"
+    # As a run does for a tokenizer without a padding token.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    orders = (shuffled(len(encoded), batch_size, seed + epoch) for epoch in range(epochs))
+    steps = (laid_out([encoded[row] for row in rows], int(pad or 0), layout) for part in orders for rows in part)
+    return (batch for batch, _ in steps)
