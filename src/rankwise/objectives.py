@@ -50,6 +50,11 @@ class ObjectiveFacts:
         return self.rows in ("pair", "mark")
 
     @property
+    def sequences(self) -> int:
+        """Of a row: a pair of answers is two."""
+        return 2 if self.rows == "pair" else 1
+
+    @property
     def of_rewards(self) -> bool:
         """Whether rewards score answers to prompts; the loss of an evaluation is the negative mean reward."""
         return self.rows == "prompt"

@@ -21,7 +21,7 @@ from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
 from rankwise.planning.workload import PlanSettings
 from rankwise.training.batches import MicroBatch
-from rankwise.verbs.plan_view import footnotes, heading
+from rankwise.verbs.plan_view import footnotes, heading, rounded_lines
 
 EVERY = ("full", "lora", "qlora", "dora", "qdora")
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
@@ -110,6 +110,22 @@ def test_where_the_hub_gives_no_config_the_built_in_shape_is_planned(code: str, 
     found = make_plan(asked)
     assert found.rows[0].estimate.total_parameters == PUBLISHED["Qwen/Qwen3-0.6B"]
     assert ("shape", "of Qwen/Qwen3-0.6B-Base as built in: not today.") in footnotes(found, why=False)
+
+
+@pytest.mark.parametrize(
+    ("objective", "batch_size", "words"),
+    [("sft", 16, "which fits with lora"), ("dpo", 8, "which fits with lora"), ("sft", 17, None), ("dpo", 9, None)],
+)
+def test_a_plan_says_what_weights_that_are_rounded_once_take(
+    objective: str, batch_size: int, words: str | None, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes of at most 1,024 tokens, of which a pair of answers has those of two rows."""
+    monkeypatch.setattr(speed, "measured_flops", lambda *_: 1e10)
+    monkeypatch.setattr(speed, "measured_integers", lambda *_: 0.5)
+    own = {"method": "lora", "objective": objective, "batch_size": batch_size, "products": "int8"}
+    found = list(rounded_lines(make_plan(settings(model, **own))))
+    assert bool(found) == (words is not None)
+    assert all(words in line for _, line in found if words)
 
 
 @pytest.mark.parametrize("method", ["", "lore", "lora,lore"])

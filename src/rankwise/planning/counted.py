@@ -21,7 +21,7 @@ from rankwise.errors import ConfigError
 from rankwise.models import ModelSource, load_skeleton
 from rankwise.models.load import load_tokenizer
 from rankwise.objectives import OBJECTIVES
-from rankwise.planning.workload import SHARED, PlanSettings, Workload, sequences_of
+from rankwise.planning.workload import SHARED, PlanSettings, Workload
 from rankwise.training.batches import MicroBatch
 from rankwise.training.learning import LEARNING, paced
 from rankwise.training.loop import coming_batches
@@ -81,7 +81,7 @@ def count(settings: PlanSettings, source: ModelSource, workload: Workload) -> Co
     sizes = []
     for batch in itertools.islice(coming_batches(objective, pace), COUNTED):
         own = objective.largest_batch([batch])
-        sizes.append(own.rows * own.tokens * sequences_of(asked.objective))
+        sizes.append(own.rows * own.tokens * OBJECTIVES[asked.objective].sequences)
     # An epoch's batches are those of all devices; --max-steps are steps of each.
     batches = pace.total_steps * pace.gradient_accumulation * (settings.devices if settings.max_steps else 1)
     return Counted(len(data.train.dataset), largest, math.ceil(statistics.mean(sizes) * batches), labels)

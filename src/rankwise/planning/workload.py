@@ -184,7 +184,7 @@ class Workload(StepOptions):
     @property
     def sequences(self) -> int:
         """The number of sequences of a micro-batch on one device."""
-        return self.batch_size * sequences_of(self.objective)
+        return self.batch_size * OBJECTIVES[self.objective].sequences
 
     @property
     def tokens(self) -> int:
@@ -220,11 +220,6 @@ def of_batch(workload: Workload, batch: BatchShape) -> Workload:
     trained = max(batch.trained_share, 1 / batch.tokens)
     length = max(2, batch.tokens)
     return dataclasses.replace(workload, batch_size=batch.rows, max_length=length, trained_share=trained)
-
-
-def sequences_of(objective: ObjectiveName) -> int:
-    """The number of sequences of a row: a pair of answers is two."""
-    return 2 if OBJECTIVES[objective].rows == "pair" else 1
 
 
 def written_of(
@@ -291,9 +286,11 @@ def run_tokens(settings: PlanSettings) -> int | None:
     """The tokens of the whole run with rows of full length; None where neither its steps nor its rows are known."""
     step_rows = settings.batch_size * settings.gradient_accumulation * settings.devices
     if settings.max_steps is not None:
-        return settings.max_steps * step_rows * sequences_of(settings.objective) * settings.max_length
+        return settings.max_steps * step_rows * OBJECTIVES[settings.objective].sequences * settings.max_length
     if settings.rows is not None:
-        return math.ceil(settings.rows * settings.epochs) * sequences_of(settings.objective) * settings.max_length
+        return (
+            math.ceil(settings.rows * settings.epochs) * OBJECTIVES[settings.objective].sequences * settings.max_length
+        )
     return None
 
 

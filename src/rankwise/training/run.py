@@ -236,7 +236,9 @@ def _prepare(
     step = _make_step(asked, base, learned, lora, before, loaded, rows, observer)
     if checkpoint is not None:
         _check_length(asked.output, checkpoint, step.pace, rates[0])
-    predicted, idle = _predicted_peak(step, reading.max_length if asked.packing else None, loaded.model, foresight)
+    predicted, idle = _predicted_peak(
+        step, reading.max_length if asked.packing else None, learned.objective, loaded.model, foresight
+    )
     searched = _search(asked, rates, learned, loaded, rows, step, observer) if len(rates) > 1 else None
     updates = part_of(Updates, asked, rate=rates[0] if searched is None else searched["chosen"])
     loop = make_loop(
@@ -514,7 +516,11 @@ def _measured(
 
 
 def _predicted_peak(
-    step: _Step, packed_length: int | None, model: nn.Module, foresight: Foresight | None
+    step: _Step,
+    packed_length: int | None,
+    objective: ObjectiveName,
+    model: nn.Module,
+    foresight: Foresight | None,
 ) -> tuple[int | None, int | None]:
     """The predicted peak in bytes, over training and evaluation, and that of an idle process; None without a plan.
     Packed rows count as full. Batches differ between processes; the largest prediction is taken."""
@@ -524,14 +530,14 @@ def _predicted_peak(
         if packed_length is not None:
             batch = dataclasses.replace(batch, rows=step.pace.batch_size, tokens=packed_length)
         found = foresight.before_training(batch, step.objective.largest_evaluation(), mapped_files(model))
-        if found is not None and (more := _kept_bytes(batch, model, foresight)):
+        if found is not None and (more := _kept_bytes(batch, objective, model, foresight)):
             found = found[0] + more, found[1]
     return max((one for one in ranks.gathered(found) if one is not None), default=(None, None))
 
 
-def _kept_bytes(batch: MicroBatch, model: nn.Module, foresight: Foresight) -> int:
+def _kept_bytes(batch: MicroBatch, objective: ObjectiveName, model: nn.Module, foresight: Foresight) -> int:
     """The bytes of weights that are rounded once, where a pass has few tokens and the plan has room."""
-    if batch.rows * batch.tokens > MOST_ROUNDED_ONCE:
+    if batch.rows * OBJECTIVES[objective].sequences * batch.tokens > MOST_ROUNDED_ONCE:
         return 0
     more = rounded_bytes(model)
     if not more or not foresight.keeps_rounded(more):
