@@ -7,8 +7,9 @@
     python benchmarks/eight_bits.py --outliers 300 DIR     # write the demo model with made-up outliers, to train on
     python benchmarks/eight_bits.py MODEL --head DATA      # errors of logits in 8 bits, and of their gradient
 
-One process calls all contenders in turn. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy
-machine, where waiting for other programs then does not count. Prints medians and minima of the rounds; writes nothing.
+One process calls all contenders in turn. In steps as short as those in which `train` does so, dense weights are rounded
+once and kept. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy machine, where waiting for
+other programs then does not count. Prints medians and minima of the rounds; writes nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from scipy import stats
 from torch import Tensor
 
 import rankwise as rw
+from rankwise.acceleration import keep_rounded
+from rankwise.constants import MOST_ROUNDED_ONCE
 from rankwise.data import encode_rows, read_rows
 from rankwise.ops import eight_bit
 from rankwise.ops.linear_cross_entropy import linear_cross_entropy
@@ -168,6 +171,9 @@ def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, li
         calls["peft"] = contenders.Step(model, steps.batch_of(model, given))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(given.rounds + 1):
+        # The first round has calibrated the scales.
+        if number == 1 and given.batch * given.length <= MOST_ROUNDED_ONCE:
+            keep_rounded(calls["int8"].model)
         for name, call in calls.items():
             took = _seconds(call)
             if number:
