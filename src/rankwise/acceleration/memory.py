@@ -17,7 +17,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ from rankwise.compat.system import glibc
 from rankwise.compat.torch import Ctx, hooks_around, own_part, storage_address, tree_iter, writes_to
 from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
-
-if TYPE_CHECKING:
-    pass
 
 # mallopt's parameters, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8

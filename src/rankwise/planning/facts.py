@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankwise.compat.system import cache_folder
 from rankwise.constants import MXFP4
@@ -23,10 +23,6 @@ from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.records import write_json
-
-if TYPE_CHECKING:
-    pass
-
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
