@@ -15,13 +15,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
 from rankwise.errors import InternalError, RunError
-from rankwise.training.states import (
-    load_state,
-    random_states,
-    save_state,
-    set_random_states,
-    undisturbed_random_states,
-)
+from rankwise.training.states import load_state, random_states, save_state, set_random_states, undisturbed_random_states
 from rankwise.training.weights import sharded_state
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
