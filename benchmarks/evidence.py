@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     contenders.silence()
     about = {"command": results.command(), "machine": results.machine(), "versions": results.versions()}
-    maker = about["machine"]["processor"].partition(" ")[0].partition("(")[0].lower()
+    maker = results.processor(about).split()[0].lower()
     file = given.output / f"{results.usual_name('evidence', about)}_{maker}.json"
     run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**about, "cells": {}}
     done = {name for other in results.runs_of("evidence", given.output) for name in other["cells"]}
@@ -121,7 +121,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "Both sides train on the same rows, the peer's grouped by length, without gradient checkpointing, else with "
         "TRL's defaults. Tokens a second of the training steps and peaks are those of the first seed, losses medians "
         f"over seeds: a label token on {EVAL_ROWS} held-out rows, by one evaluator. Peak: anonymous memory and what "
-        "the model maps of its file. The two sides of a row ran on one processor. "
+        "the model maps of its file. The two sides of a cell ran on one processor. "
         f"`{OVER_FILE}` trains over the GGUF's own bits, which the peer does not.",
         "",
     ]

@@ -99,6 +99,19 @@ def test_weights_rounded_once_are_in_the_plan_and_change_no_bit(
     assert found[128, True] == found[128, False]
 
 
+@pytest.mark.parametrize(("pairs", "is_kept"), [(4, True), (8, False)])
+def test_a_pair_of_answers_counts_as_two_rows_for_weights_rounded_once(
+    pairs, is_kept, rankwise, model_folder, tmp_path
+):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(8 * (json.dumps({"prompt": "a", "chosen": "b" * 80, "rejected": "c" * 80}) + "\n"))
+    common = ("--model", model_folder, "--data", rows, "--max-steps", 1, "--device", "cpu", "--r", 2)
+    options = ("--objective", "dpo", "--products", "int8", "--batch-size", pairs, "--output", tmp_path / "run")
+    done = rankwise("train", *common, *options)
+    assert done.code == 0, done.stderr
+    assert ("rounded once and kept" in done.stdout) == is_kept
+
+
 def test_an_evaluation_of_longer_rows_decides(train, tmp_path):
     rows = tmp_path / "long.jsonl"
     rows.write_text(4 * (json.dumps({"prompt": "a ", "completion": "b" * 400}) + "\n"))

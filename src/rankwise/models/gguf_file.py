@@ -32,8 +32,6 @@ STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # The value of a header entry; for an array, its length.
 Value = str | int | float
-
-
 # transformers' model_type: llama.cpp's architecture.
 ARCHITECTURES = {
     "gemma2": "gemma2",
