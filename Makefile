@@ -146,9 +146,10 @@ article: $(STAMP) ## the article's figures: run what is behind them, render arti
 
 # Runs of `make table`.
 RUNS ?= 1
+TABLE ?= table
 
 table: $(STAMP) ## the article's table 1: the next unfinished runs (RUNS=1), and its page
-	$(BIN)/python -m rankwise_article table article/table --data $(E2E) --runs $(RUNS)
+	$(BIN)/python -m rankwise_article table article/$(TABLE) --data $(E2E) --runs $(RUNS) $(MODEL:%=--model %)
 
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -119,7 +119,10 @@ def test_the_page_is_fresh(shared: Path):
     written = (STATE / "README.md").read_text(encoding="utf-8")
     assert written == page(runs, STATE, SETTINGS, shared / "e2e"), "run make table"
     # Outlines depend on the version of matplotlib.
-    drawn = [re.findall('aria-label="(.*?)"', text) for text in ((STATE / "bleu.svg").read_text(), picture(bars(runs)))]
+    drawn = [
+        re.findall('aria-label="(.*?)"', text)
+        for text in ((STATE / "bleu.svg").read_text(), picture(bars(runs), SETTINGS["page"]["model"]))
+    ]
     assert drawn[0] == drawn[1], "run make table"
     finished = {path.name for path in (STATE / "runs").glob("[!.]*")}
     wanted = {f"{method}-{seed}" for seed in SETTINGS["seeds"] for method in SETTINGS["methods"]}

@@ -48,7 +48,8 @@ def _ledger(given: argparse.Namespace) -> JsonObject:
 def _table(given: argparse.Namespace) -> JsonObject:
     from rankwise_article.table import table
 
-    return table(given.state, given.data, given.work, runs=given.runs, times=given.times)
+    work = given.work or Path("runs", given.state.name)
+    return table(given.state, given.data, work, runs=given.runs, times=given.times, model=given.model)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     tables.set_defaults(run=_table)
     tables.add_argument("state", type=Path, help="folder of settings.toml and of the finished runs")
     tables.add_argument("--data", type=Path, required=True, help="folder of E2E's three .csv files")
-    tables.add_argument("--work", type=Path, default=Path("runs/table"), help="adapters and checkpoints")
+    tables.add_argument("--model", help="where the model of settings.toml lies, if elsewhere")
+    tables.add_argument("--work", type=Path, help="adapters and checkpoints; default: runs/STATE")
     tables.add_argument("--runs", type=int, default=1, help="how many runs; 0 only makes the page")
     tables.add_argument("--times", action="store_true", help="measure each method's speed, alone on the machine")
     benchmarks = commands.add_parser("score", help="score texts that you have already").add_subparsers(required=True)

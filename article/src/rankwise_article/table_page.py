@@ -30,11 +30,13 @@ from rankwise_article.table_runs import COUNTS, ROUNDS, SPEED, TEST, TIMED_STEPS
 RESAMPLES, LEVEL = 500, 0.975
 # BLEU points (of 100) within which two methods are equivalent, and the fewest seeds of a verdict.
 MARGIN, SEEDS = 1.0, 3
-REFERENCE, FULL = "lora", "full"
+REFERENCE, FULL, EIGHT_BITS = "lora", "full", "-int8"
 NAMES = {
     "full": "full fine-tuning", "bottleneck": "bottleneck (Houlsby)", "prefix": "prefix", "lora": "LoRA",
-    "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA",
+    "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "lora-int8": "LoRA, 8 bits", "dora-int8": "DoRA, 8 bits",
+    "qlora-int8": "QLoRA, 8 bits", "qdora-int8": "QDoRA, 8 bits",
 }  # fmt: skip
+DIFFERENCES = ("| method | BLEU | verdict | won, tied, lost |", "|---|---|---|---|")
 SCALES = {"BLEU": 100, "METEOR": 100, "ROUGE_L": 100, "NIST": 1, "CIDEr": 1}
 
 
@@ -118,7 +120,8 @@ def read_run(folder: Path) -> Run:
         counts[name] = found if name == "information" else found.astype(np.int64)
     record = read_json(folder / "run.json")
     outputs = (folder / "outputs.txt").read_text(encoding="utf-8").splitlines()
-    return Run(record["method"], record["seed"], record, MtevalStatistics(**counts), columns, outputs)
+    method, seed = folder.name.rsplit("-", 1)
+    return Run(method, int(seed), record, MtevalStatistics(**counts), columns, outputs)
 
 
 def verdict(difference: Score) -> str:
@@ -148,11 +151,12 @@ def _peak(runs: Runs, method: str) -> int:
 
 def page(runs: Runs, state: Path, settings: JsonObject, data: Path) -> str:
     methods = [method for method in NAMES if runs.of(method)]
+    usual = [method for method in methods if not method.endswith(EIGHT_BITS)]
     wanted = len(settings["seeds"]) * len(settings["methods"])
     lines = [
-        "# The article's table 1, measured: E2E on SmolLM2-135M",
+        f"# The article's table 1, measured: E2E on {settings['page']['model']}",
         "",
-        f"**{len(runs.all)} of {wanted} runs.** {_sentence(runs, methods, REFERENCE)} "
+        f"**{len(runs.all)} of {wanted} runs.** {_sentence(runs, usual, REFERENCE)} "
         f"{_sentence(runs, methods, FULL)}".rstrip(),
         "",
         "![BLEU of each method against LoRA's](bleu.svg)",
@@ -164,14 +168,15 @@ def page(runs: Runs, state: Path, settings: JsonObject, data: Path) -> str:
         f"the training process, the largest of the seeds; *frozen* is what the base takes of it. {_speed_words(state)} "
         f"{_plain_words(runs, methods)}".rstrip(),
         "",
-        *_differences(runs, methods, REFERENCE),
+        *_differences(runs, usual, REFERENCE),
         *_differences(runs, methods, FULL),
+        *_eight_bits(runs, methods),
         f"Differences in BLEU on common seeds, paired by meaning. *Equivalent*: the interval lies within {MARGIN:g} "
         f"BLEU. A verdict needs {SEEDS} seeds. *Won* counts meanings by ROUGE-L, all common seeds together.",
         "",
         *_how(state, settings),
         "",
-        *_examples(runs, methods, data),
+        *_examples(runs, usual, data),
     ]
     return "\n".join(lines)
 
@@ -209,7 +214,8 @@ def _speed_words(state: Path) -> str:
     return (
         f"Examples a second are those of training, measured apart from the runs with nothing else on the machine "
         f"({device['name']}, threads: {device['threads']}): medians of {ROUNDS} times {TIMED_STEPS} steps, "
-        "the methods taking turns (`python -m rankwise_article table article/table --data FOLDER --runs 0 --times`)."
+        f"the methods taking turns (`python -m rankwise_article table article/{state.name} --data FOLDER --runs 0 "
+        "--times`)."
     )
 
 
@@ -245,13 +251,23 @@ def _scores(runs: Runs, methods: Sequence[str], speed: Mapping[str, float]) -> l
 
 
 def _differences(runs: Runs, methods: Sequence[str], against: str) -> list[str]:
-    lines = [f"## Against {NAMES[against]}", "", "| method | BLEU | verdict | won, tied, lost |", "|---|---|---|---|"]
-    for method, score in _against(runs, methods, against).items():
-        seeds = [seed for seed in runs.of(method) if seed in runs.of(against)]
-        gaps = np.concatenate([_gaps(runs, method, seed, against) for seed in seeds])
-        counts = f"{(gaps > 0).sum()}, {(gaps == 0).sum()}, {(gaps < 0).sum()}"
-        lines.append(f"| {NAMES[method]} | {score.value:+.1f} ± {score.half_width:.1f} | {verdict(score)} | {counts} |")
-    return [*lines, ""]
+    rows = [_difference(runs, method, against, score) for method, score in _against(runs, methods, against).items()]
+    return [f"## Against {NAMES[against]}", "", *DIFFERENCES, *rows, ""] if rows else []
+
+
+def _eight_bits(runs: Runs, methods: Sequence[str]) -> list[str]:
+    """Each method with its frozen products in 8 bits, against itself in bfloat16."""
+    pairs = [(method, method.removesuffix(EIGHT_BITS)) for method in methods if method.endswith(EIGHT_BITS)]
+    scores = [(method, usual, runs.score(method, "BLEU", usual)) for method, usual in pairs]
+    rows = [_difference(runs, method, usual, score) for method, usual, score in scores if score]
+    return ["## 8 bits against bfloat16", "", *DIFFERENCES, *rows, ""] if rows else []
+
+
+def _difference(runs: Runs, method: str, against: str, score: Score) -> str:
+    seeds = [seed for seed in runs.of(method) if seed in runs.of(against)]
+    gaps = np.concatenate([_gaps(runs, method, seed, against) for seed in seeds])
+    counts = f"{(gaps > 0).sum()}, {(gaps == 0).sum()}, {(gaps < 0).sum()}"
+    return f"| {NAMES[method]} | {score.value:+.1f} ± {score.half_width:.1f} | {verdict(score)} | {counts} |"
 
 
 def _gaps(runs: Runs, method: str, seed: int, against: str = REFERENCE) -> np.ndarray:
@@ -264,24 +280,21 @@ def _how(state: Path, settings: JsonObject) -> list[str]:
     lines = [
         "## How",
         "",
-        f"`{train['model']}` is SmolLM2-135M-Instruct from its Q4_1 GGUF. All methods start from weights that were "
-        "once rounded to 4 bits, which may hide a part of what QLoRA costs. Products are in bfloat16. With "
-        "`--products auto` they may be in 8 bits, whose BLEU was not measured. Each run trains one epoch on "
-        f"{settings['rows']:,} rows, spread evenly over E2E's 42,061, in batches of {train['batch_size']}, "
+        f"{settings['page']['base']} All methods start from weights that were once rounded to 4 bits, which may hide a "
+        f"part of what QLoRA costs. {settings['page']['products']} Each run trains one epoch on {settings['rows']:,} "
+        f"rows, spread evenly over E2E's 42,061, in batches of {train['batch_size']}, "
         "and then describes all 630 test meanings greedily. LoRA's paper trains GPT-2 Medium on all rows for five "
         "epochs and searches with 10 beams, so its BLEU (70.4) is no target for ours. Low-rank adapters are on all "
-        "linear layers with r = 4, alpha = 2 r; bottleneck and prefix have as many parameters. "
-        "[settings.toml](settings.toml) says the rest.",
+        "linear layers with r = 4, alpha = 2 r. [settings.toml](settings.toml) says the rest.",
         "",
     ]
     if (state / "rates.json").is_file():
         losses = read_json(state / "rates.json")
         search = settings["search"]
         lines += [
-            "Rates are the default of the model's width at alpha = 32 (1.3e-3; full fine-tuning 1.3e-4), checked by "
+            f"Rates are {settings['page']['rate']}, checked by "
             f"runs of {search['steps']} steps (seed 0, evaluation loss). Another rate is taken if its loss is "
-            f"lower by more than {search['margin']:.0%}. DoRA, QLoRA and QDoRA take LoRA's, as all [committed "
-            "grids](../../benchmarks/results/default_rates.md) suggest.",
+            f"lower by more than {search['margin']:.0%}. {settings['page']['shared']}",
             "",
             "| method | rate: loss | taken |",
             "|---|---|---|",
@@ -296,13 +309,13 @@ def _how(state: Path, settings: JsonObject) -> list[str]:
         *lines,
         "The next unfinished run, and this page; a run that was killed goes on where it stopped:",
         "",
-        "    make table E2E=FOLDER RUNS=1",
+        f"    {settings['page']['command']}",
         "",
         "Each folder of [runs](runs) has the record, the 630 texts in the order of `testset_w_refs.csv`, and for each "
         "meaning METEOR, ROUGE-L, CIDEr and the counts of which BLEU and NIST are made. The official scorer reads the "
         "texts; ours equals it to four decimals:",
         "",
-        "    python -m rankwise_article score e2e --predictions article/table/runs/lora-0/outputs.txt \\",
+        f"    python -m rankwise_article score e2e --predictions article/{state.name}/runs/lora-0/outputs.txt \\",
         "        --references FOLDER/testset_w_refs.csv",
     ]
 

@@ -22,14 +22,14 @@ class Bar:
     peak_bytes: int
 
 
-def picture(bars: Sequence[Bar]) -> Markup:
+def picture(bars: Sequence[Bar], model: str) -> Markup:
     """A row for each method: a dot at its difference, the paired interval, BLEU and the peak memory as text."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(fname=STYLE_FILE):
         figure = Figure(figsize=(WIDTH / 72, (FRAME + ROW * len(bars)) / 72))
-        figure.suptitle("SmolLM2-135M on E2E: BLEU, three seeds, r = 4", x=0.01, ha="left")
+        figure.suptitle(f"{model} on E2E: BLEU, r = 4", x=0.01, ha="left")
         axes = figure.subplots()
         for row, bar in enumerate(bars):
             axes.errorbar(bar.difference, row, xerr=bar.half_width, fmt="o", color=colour(0), elinewidth=2, capsize=4)
