@@ -203,10 +203,12 @@ def _input_grad_(dz: Tensor, targets: Tensor, head: Frozen, out: Tensor) -> None
         input_grad_out(dz, W, out)
         return
     # A position that is not scored has zeros.
-    places = targets.clamp(min=0)[:, None]
-    own = dz.gather(1, places)
-    input_grad_out(dz.scatter_(1, places, 0.0), W, out, scales)
-    out.addcmul_(W[places[:, 0]], own)
+    places = (torch.arange(len(targets), device=targets.device), targets.clamp(min=0))
+    own = dz[places]
+    # On CPUs ``scatter_`` would copy all of dz.
+    dz[places] = 0.0
+    input_grad_out(dz, W, out, scales)
+    out.addcmul_(W[places[1]], own[:, None])
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
