@@ -198,8 +198,8 @@ def _sentence(runs: Runs, methods: Sequence[str], against: str) -> str:
         )
         if key in told.values()
     ]
-    opened = sum(word.startswith("open") for word in told.values())
-    rest = f"No verdict yet against {NAMES[against]}: {opened} of the methods have too few seeds." if opened else ""
+    opened = ", ".join(NAMES[method] for method, word in told.items() if word.startswith("open"))
+    rest = f"Too few seeds for a verdict against {NAMES[against]}: {opened}." if opened else ""
     return " ".join(filter(None, ["; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "." if parts else "", rest]))
 
 
