@@ -33,18 +33,13 @@ def unfinished(state: Path, settings: JsonObject) -> list[tuple[str, int]]:
     return [(method, seed) for method, seed in pairs if not (state / "runs" / f"{method}-{seed}").is_dir()]
 
 
-def trained_as(settings: JsonObject, method: str) -> str:
-    """The ``--method`` of a row: ``lora`` for ``lora-int8``."""
-    return str(settings["methods"][method].get("method", method))
-
-
 def carry_out(state: Path, settings: JsonObject, data: Path, work: Path, method: str, seed: int) -> None:
     rows = _train_rows(data / TRAIN, settings["rows"], work)
     rate = _rate(state, settings, rows, data, work, method)
     run, answers = work / f"{method}-{seed}", work / f"{method}-{seed}-answers"
     steps = -(-settings["rows"] // settings["train"]["batch_size"])
     _train(settings, method, rows, data, run, seed=seed, eval_steps=steps, learning_rate=rate)
-    tuned = {"model" if trained_as(settings, method) == "full" else "adapter": run}
+    tuned = {"model" if method == "full" else "adapter": run}
     _rankwise("evaluate", **tuned, task="e2e", data=data / TEST, output=answers)
     _keep(run, answers / "e2e", state / "runs" / f"{method}-{seed}")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -102,6 +97,7 @@ def chosen_rate(rates: Sequence[float], losses: Mapping[str, float], margin: flo
 def _train(settings: JsonObject, method: str, rows: Path, data: Path, run: Path, **options: object) -> None:
     if (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "finished":
         return
+    # A row of another name, as lora-int8, gives its method.
     given = {"method": method, **settings["train"], **settings["methods"][method], **options}
     started = {"resume": True} if any(run.glob("checkpoints/step-*")) else {"overwrite": True}
     _rankwise("train", data=rows, eval_data=data / DEV, output=run, **given, **started)
