@@ -20,7 +20,8 @@ from typing import Any
 import contenders
 import results
 
-from rankwise.config import TrainSettings, default_rate, variant_of
+from rankwise.config import TrainSettings, variant_of
+from rankwise.default_rate import default_rate
 from rankwise.models import fetch_model
 from rankwise.planning.facts import read_model
 from rankwise.reports.numbers import rate as spelled

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.config import default_rate
+from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError
 
 

@@ -229,7 +229,7 @@ class LoraConfig(_PeftFields, AdapterOptions):
     # Name of the module list whose indices layers_to_transform means, if it is not the first list in the path.
     layers_pattern: str | Sequence[str] | None = None
     # True: A is Kaiming-uniform and B zero, so that training starts at the base model. False: B is random (for tests).
-    # "pissa", "pissa_niter_N" and "loftq" as in PEFT. ``adapters.inject`` defines them.
+    # "pissa", "pissa_niter_N" and "loftq" as in PEFT. ``adapters.beginning`` defines them.
     init_lora_weights: Annotated[bool | str, AfterValidator(init_of)] = True
     # Token ids whose embedding rows train, such as those of new tokens; all other rows stay frozen. A list applies to
     # the input embedding; a mapping gives {module: ids} of embeddings and heads. A tied head shares the trained rows.

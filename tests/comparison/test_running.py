@@ -29,7 +29,7 @@ import guest_task
 from rankwise.comparison import run, stages
 from rankwise.comparison.rounds import Rounds
 from rankwise.comparison.stages import Cell, Plan, possible_jobs
-from rankwise.config import default_rate
+from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.planning.workload import Workload
 from rankwise.reports.comparison import Comparison

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from training_rows import Recorder, encoded_rows
 
-from rankwise.config import TrainSettings, default_rate
+from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
+from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
 from rankwise.training import rate_search

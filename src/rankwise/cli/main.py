@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from rankwise.cli import compare, doctor, evaluate, export, generate, inspect, merge, plan, predict, preview, train
+from rankwise.cli import doctor, export, generate, inspect, merge, predict, preview, shared, train
 from rankwise.cli.options import Command, function_of, panels_of
 from rankwise.compat.system import speak_utf8
 from rankwise.disk import coded_error
@@ -47,10 +47,10 @@ from rankwise.verbs.output import (
 
 COMMANDS: tuple[Command, ...] = (
     preview.COMMAND,
-    plan.COMMAND,
+    shared.PLAN,
     train.COMMAND,
-    compare.COMMAND,
-    evaluate.COMMAND,
+    shared.COMPARE,
+    shared.EVALUATE,
     generate.COMMAND,
     predict.COMMAND,
     merge.COMMAND,

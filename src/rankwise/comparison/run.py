@@ -37,8 +37,9 @@ from rankwise.comparison.stages import (
     possible_jobs,
 )
 from rankwise.comparison.statistics import LOOKS
-from rankwise.config import TrainSettings, default_rate, idle_options, variant_of
+from rankwise.config import TrainSettings, idle_options, variant_of
 from rankwise.conflicts import check_conflicts
+from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, hold, remove_strays
 from rankwise.errors import ConfigError, DataError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from rankwise.config import DefaultRate, default_rate
+from rankwise.default_rate import DefaultRate, default_rate
 from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject

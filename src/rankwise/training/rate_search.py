@@ -18,8 +18,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
-from rankwise.config import default_rate
 from rankwise.constants import IGNORED
+from rankwise.default_rate import default_rate
 from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, checked, read_json
