@@ -208,7 +208,7 @@ RW_EXPORT void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, cons
 // The same of groups of rows, each with a factor of its own (groups, K).
 RW_EXPORT void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor,
                                         const int64_t* sizes, int64_t groups, int64_t K, uint8_t* q,
-                                        int64_t q_stride_bytes, float* scale, int threads);
+                                        int64_t q_stride_bytes, float* scale, int dither, int threads);
 
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
 // bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.

@@ -169,14 +169,15 @@ void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* f
 }
 
 void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, const int64_t* sizes,
-                              int64_t groups, int64_t K, uint8_t* q, int64_t q_stride_bytes, float* scale, int threads) {
+                              int64_t groups, int64_t K, uint8_t* q, int64_t q_stride_bytes, float* scale, int dither,
+                              int threads) {
     const std::vector<RowGroup> filled = groups_with_rows(sizes, groups);
     const int64_t row_bytes = x_stride * (dtype == RW_FLOAT32 ? 4 : 2);
     parallel(static_cast<int64_t>(filled.size()), threads, [&](int64_t i) {
         const RowGroup& group = filled[static_cast<std::size_t>(i)];
         current_products()->quantize_rows(static_cast<const char*>(x) + group.first * row_bytes, dtype, x_stride,
                                           factor + group.index * K, group.rows, K, q + group.first * q_stride_bytes,
-                                          q_stride_bytes, scale + group.first, -1);
+                                          q_stride_bytes, scale + group.first, dither ? 0 : -1);
     });
 }
 

@@ -170,7 +170,7 @@ def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor, scales: Sc
         if factor is not None and scales is None and wanted(dy.dtype):
             return products.add_products([products.Term(a=dy, W=factor, across=True)], out)
     if scales is not None:
-        return out.copy_(input_grad(dy, Frozen(W).dense(dy.dtype), scales, dither=True))
+        return out.copy_(input_grad(dy, Frozen(W).dense(dy.dtype), scales))
     return out.copy_(linear_4bit_input_grad(dy, W)) if isinstance(W, PackedWeight) else torch.mm(dy, W, out=out)
 
 

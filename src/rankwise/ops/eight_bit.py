@@ -7,7 +7,8 @@
 Sums are exact integers. Processors that multiply integers of 16 bits but none of 8 (AVX2 alone) compute the same with
 1,023 in place of 127. The channel scales c_k = sqrt(max |x_k| / max |W_k|) take the outliers of the input into the
 weight (SmoothQuant, arXiv 2211.10438, equation 4 with alpha = 0.5); without them a few channels of x leave no bits to
-the others.
+the others. Gradients are dithered: most numbers of a row are small beside its largest, and rounded to the nearest they
+would be 0 in every row, an error that no sum over steps averages out (benchmarks/results/eight_bits.md).
 
 Legend: x (T, K), W (N, K), dz (T, N); c (K,), w (N,), a and b (T,). All scales are float32.
 """
@@ -155,8 +156,9 @@ def quantize_rows(x: Tensor, factor: Tensor, largest: int = LARGEST, *, dither: 
 def noise(T: int, K: int, device: torch.device | None = None) -> Tensor:
     """What is added to dithered rows before they are rounded: (T, K) of a Weyl sequence, between -1/2 and 1/2. Small
     numbers beside a large one then keep their sum, as some are rounded up; all would be 0 otherwise."""
-    t, k = torch.arange(T, device=device)[:, None], torch.arange(K, device=device)
-    return ((t * 2246822519 + k * 2654435769 & 0xFFFFFFFF) >> 20).float() / 4096 + (0.5 / 4096 - 0.5)
+    # The low 32 bits, whose sum wraps around.
+    t, k = ((torch.arange(n, device=device) * factor).int() for n, factor in ((T, 2246822519), (K, 2654435769)))
+    return (t[:, None] + k >> 20 & 0xFFF).float() / 4096 + (0.5 / 4096 - 0.5)
 
 
 def quantize_weight(W: Tensor, scales: Scales) -> Tensor:
@@ -186,9 +188,9 @@ def product(x: Tensor, W: Tensor, scales: Scales) -> Tensor:
     return integer_product(q, quantize_weight(W, scales).T) * (a[:, None] * scales.row)
 
 
-def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None, *, dither: bool = False) -> Tensor:
-    """``(dz gain) W`` in float32: dz (T, N) -> (T, K)."""
-    q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain, scales.largest, dither=dither)
+def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None) -> Tensor:
+    """``(dz gain) W`` in float32, of dithered rows: dz (T, N) -> (T, K)."""
+    q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain, scales.largest, dither=True)
     return integer_product(q, quantize_weight(W, scales)) * (b[:, None] * scales.per_channel)
 
 

@@ -302,7 +302,7 @@ class NativeBranch:
             return _term(a, self.W, across=across)
         first = self.W.first
         q, of_rows = products.quantize_rows(
-            _dense_rows(a), scales.row if across else scales.per_channel, rows.counts if across else None
+            _dense_rows(a), scales.row if across else scales.per_channel, rows.counts if across else None, dither=across
         )
         in_bytes = products.InBytes(of_rows, scales, first, across=across)
         return products.Term(a=q, W=first, across=across, in_bytes=in_bytes), self.W.apart

@@ -114,7 +114,8 @@ class Steps:
             if scales is None or not want_dx:
                 terms.append(Term(a=dy, W=factor, across=True, gain=branch.gain))
             else:
-                q, b = quantize_rows(dy, scales.row if branch.gain is None else scales.row * branch.gain)
+                of_rows = scales.row if branch.gain is None else scales.row * branch.gain
+                q, b = quantize_rows(dy, of_rows, dither=True)
                 terms.append(Term(a=q, W=factor, across=True, in_bytes=InBytes(b, scales, factor, across=True)))
         return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
 

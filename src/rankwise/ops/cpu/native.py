@@ -157,7 +157,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_products_allow": (None, [i]),
         "rw_quantize_rows": (None, [p, i, n, p, n, n, p, n, p, i, i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
-        "rw_grouped_quantize_rows": (None, [p, i, n, p, p, n, n, p, n, p, i]),
+        "rw_grouped_quantize_rows": (None, [p, i, n, p, p, n, n, p, n, p, i, i]),
         "rw_grouped_products": (None, [p, p, i, p, n, i, n, p, p, n, i]),
         "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
         "rw_grouped_row_product": (None, [i, p, n, p, n, p, n, n, n, x, i, p, i, i]),

@@ -162,7 +162,7 @@ def quantize_rows(
     """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
     admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones.
 
-    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K); not with ``dither``.
+    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K).
     """
     T, K = x.shape
     stride = -(-K // _STEP) * _STEP
@@ -177,7 +177,7 @@ def quantize_rows(
     if sizes is None:
         library().rw_quantize_rows(*given, T, *made, dither, threads)
     else:
-        library().rw_grouped_quantize_rows(*given, sizes.data_ptr(), len(sizes), *made, threads)
+        library().rw_grouped_quantize_rows(*given, sizes.data_ptr(), len(sizes), *made, dither, threads)
     return q, scale
 
 
