@@ -6,7 +6,8 @@
 FOLDER holds the files of MODELS. The list of runs below was written before the first of them ran, and is ordered so
 that any beginning of it is a table already; a cell that has not run is marked on the page. One cell trains both sides
 on the same rows of E2E, one after the other, and one evaluator scores both adapters. The peer runs with TRL's defaults,
-but for gradient checkpointing, which is off, and rows grouped by length. Dropout is 0 on both sides.
+but for gradient checkpointing, which is off, and rows grouped by length. Dropout is 0 on both sides. A class of
+processors that this one is not is had by limits on its instructions, which both sides have, in float32.
 
 Each cell is written when it is done, with the commit, into benchmarks/results/evidence_PROCESSOR.json; evidence.md
 beside it is made anew. The list is one, whichever processors its cells run on: the two sides of a cell share one. Run
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,12 +27,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import contenders
 import end_to_end
 import results
 
 import rankwise as rw
+from rankwise.ops.cpu import native
 
 MODELS = {"0.5B": "qwen2.5-coder-0.5b.gguf", "1.5B": "qwen2.5-coder-1.5b.gguf"}
 # Optimizer steps of eight rows.
@@ -38,6 +42,16 @@ STEPS = {"0.5B": 30, "1.5B": 10}
 ROWS, EVAL_ROWS, RATE = 8, 64, 2e-4
 # LoRA over the bits of the file, which no peer trains.
 OVER_FILE = "lora@file"
+# {class of processors: what limits this one to its instructions}.
+LIMITS = {
+    level: {
+        "RANKWISE_CPU_LEVEL": level,
+        "ONEDNN_MAX_CPU_ISA": one_dnn,
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+    for level, one_dnn in (("avx2", "AVX2"), ("avx_vnni", "AVX2_VNNI"))
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +59,21 @@ class Cell:
     model: str
     method: str
     seed: int
+    # Of LIMITS; empty: without limits.
+    level: str = ""
 
     def __str__(self) -> str:
-        return f"{self.model} {self.method} {self.seed}"
+        return " ".join(filter(None, (self.model, self.method, str(self.seed), self.level)))
 
 
 def cells() -> Iterator[Cell]:
-    """Both models with one seed, then the other seeds of the smaller one."""
+    """Both models with one seed, then the other seeds of the smaller one, then the other classes of processors."""
     methods = ("qlora", "lora", OVER_FILE, "dora", "qdora")
     yield from (Cell("0.5B", method, 0) for method in methods[:2])
     yield from (Cell("1.5B", method, 0) for method in methods[:2])
     yield from (Cell(model, method, 0) for method in methods[2:] for model in MODELS)
     yield from (Cell("0.5B", method, seed) for seed in (1, 2) for method in methods)
+    yield from (Cell("0.5B", method, 0, level) for level in LIMITS for method in methods[:2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = given.output / f"{results.usual_name('evidence', about)}_{maker}.json"
     run = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**about, "cells": {}}
     done = {name for other in results.runs_of("evidence", given.output) for name in other["cells"]}
-    for cell in [cell for cell in cells() if str(cell) not in done][: given.cells]:
+    able = ("", *native.usable_levels())
+    for cell in [cell for cell in cells() if cell.level in able and str(cell) not in done][: given.cells]:
         print(cell, file=sys.stderr, flush=True)
         run["cells"][str(cell)] = {**measured(cell, given), "commit": commit(about)}
         results.publish(given.output, "evidence", run, page, file.stem)
@@ -90,9 +108,10 @@ def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     """What ``end_to_end`` measures of both sides; of LoRA over the file our side alone."""
     words = [str(given.data), "--eval-data", str(given.eval_data), "--dropout", "0", "--by-length"]
     words += ["--batch", str(ROWS), "--steps", str(STEPS[cell.model]), "--seed", str(cell.seed)]
+    words += ["--dtype", "float32"] if cell.level else []
     options = end_to_end.parse([*words, "--learning-rate", str(RATE), "--eval-rows", str(EVAL_ROWS)])
     gguf = given.files / MODELS[cell.model]
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, LIMITS.get(cell.level, {})):
         place = Path(name)
         files = end_to_end.write_rows(options, place)
         if cell.method == OVER_FILE:
@@ -125,19 +144,28 @@ def page(runs: list[results.Run]) -> list[str]:
         f"`{OVER_FILE}` trains over the GGUF's own bits, which the peer does not.",
         "",
     ]
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells():
-        groups.setdefault((cell.model, cell.method), []).append(cell)
+        groups.setdefault((cell.model, cell.method, cell.level), []).append(cell)
     done = {name: (run, found) for run in runs for name, found in run["cells"].items()}
-    lines += results.table(HEADINGS, (_row(done, *key, group) for key, group in groups.items()))
+    lines += results.table(HEADINGS, (_row(done, group) for group in groups.values()))
     commits = sorted({found["commit"] for _, found in done.values()})
     return [*lines, "", f"{len(done)} of {len(list(cells()))} cells have run, at {', '.join(commits)}."]
 
 
-def _row(done: dict[str, tuple[results.Run, results.Run]], model: str, method: str, group: Sequence[Cell]) -> list[str]:
+def _row(done: dict[str, tuple[results.Run, results.Run]], group: Sequence[Cell]) -> list[str]:
+    model, method = group[0].model, group[0].method
+    level = group[0].level.upper().replace("_", "-")
+    limit = f"limited to {level}, float32" if level else ""
     found = [done[str(cell)] for cell in group if str(cell) in done]
     if not found:
-        return [model, method, f"0 of {len(group)}", "not run yet", *[""] * (len(HEADINGS) - 4)]
+        return [
+            model,
+            method,
+            f"0 of {len(group)}",
+            "; ".join(filter(None, ("not run yet", limit))),
+            *[""] * (len(HEADINGS) - 4),
+        ]
     # Speed and memory are of one processor.
     run, first = found[0]
 
@@ -155,7 +183,8 @@ def _row(done: dict[str, tuple[results.Run, results.Run]], model: str, method: s
     peaks = (value("peer", "peak_memory_bytes"), value("ours", "peak_memory_bytes"))
     planned = value("ours", "predicted_peak_memory_bytes")
     return [
-        *(model, f"{method}{end_to_end.products(first)}", f"{len(found)} of {len(group)}", results.processor(run)),
+        *(model, f"{method}{end_to_end.products(first)}", f"{len(found)} of {len(group)}"),
+        "; ".join(filter(None, (results.processor(run), limit))),
         *(results.number(peer, 0), results.number(ours, 0)),
         "" if peer is None or ours is None else f"{ours / peer:.2f}",
         *(results.number(each and each / 1e6, 0) for each in (*peaks, planned)),
