@@ -162,7 +162,7 @@ def quantize_rows(
     """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
     admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones.
 
-    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K).
+    sizes: int64 (E,), of groups of rows, each of which has a factor (E, K) and a dither of its own.
     """
     T, K = x.shape
     stride = -(-K // _STEP) * _STEP
