@@ -41,7 +41,7 @@ def mixture() -> Any:
 
 def outliers(model: Any, layers: Any, size: float) -> Any:
     """Two channels of each MLP that are equal, ``size`` times as large, and cancel in its output: in 8 bits their
-    weights' rounding does not."""
+    weights' rounding does not. The larger they are, the more their gradients' dithering errs in the other layers."""
     with torch.no_grad():
         for layer in (model.model.layers[number] for number in layers):
             gate, up, down = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
@@ -86,7 +86,7 @@ def test_a_head_whose_logits_err_keeps_its_dtype(loop_of: Any) -> None:
 
 
 def test_layers_with_outliers_keep_the_bases_dtype(loop_of: Any) -> None:
-    found, _ = judged(loop_of, outliers(tiny_llama(**SIZES), [1], 1e5))
+    found, _ = judged(loop_of, outliers(tiny_llama(**SIZES), [1], 1e3))
     assert (found.products, found.left) == ("int8", ["model.layers.1.mlp.down_proj"])
 
 
@@ -104,7 +104,7 @@ def test_experts_are_measured_stack_by_stack(loop_of: Any) -> None:
     experts = model.model.layers[1].mlp.experts
     with torch.no_grad():
         up = experts.gate_up_proj[:, 32:]
-        up[:, 0] *= 1e5
+        up[:, 0] *= 1e3
         experts.gate_up_proj[:, 1], up[:, 1] = experts.gate_up_proj[:, 0], up[:, 0]
         experts.down_proj[:, :, 0] *= 4
         experts.down_proj[:, :, 1] = -experts.down_proj[:, :, 0]
