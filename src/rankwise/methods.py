@@ -1,16 +1,21 @@
 """The methods of training, a row each. Imports no torch.
 
-A method with adapters names their kind, whose class is in ``adapters.lora.KINDS``. A method of another distribution is
-an entry point of the group ``rankwise.methods``; nothing plans, merges or serves its results.
+A method with adapters names their kind, whose class is in ``adapters.lora.KINDS``. A method of another distribution, a
+guest, is an entry point of the group ``rankwise.methods``: a name and its MethodType. Nothing plans, merges or serves
+its results.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 METHODS_GROUP = "rankwise.methods"
+# The attribute of a model that says by which method of another distribution it trains.
+GUEST = "rankwise_method"
 # The kinds of adapters that PEFT has too, and reads.
 PEFT_KINDS = ("lora", "dora")
 
@@ -85,3 +90,40 @@ def either(words: Iterable[str]) -> str:
 
 def is_known(name: str) -> bool:
     return name in METHODS or bool(entry_points(group=METHODS_GROUP, name=name))
+
+
+# --- guests ---
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodType:
+    """What training and ``compare`` need of a guest. Its parameters train in one process, in a frozen base; a model is
+    an ``nn.Module``."""
+
+    # (model, --r) -> number of trained parameters; adds them to the model, which it freezes.
+    add: Callable[[Any, int], int]
+    # Writes them, as adapter_model.safetensors and adapter_config.json, into a folder.
+    save: Callable[[Any, Path], None]
+    # Copies what a folder holds into the parameters that are there.
+    load_weights: Callable[[Any, Path], None]
+    # Adds to a base what a folder holds, frozen.
+    load: Callable[[Any, Path], None]
+
+
+def method_type(name: str) -> MethodType:
+    """The installed method ``name``, which the settings have checked."""
+    [entry] = entry_points(group=METHODS_GROUP, name=name)
+    found: MethodType = entry.load()
+    return found
+
+
+def add_by(name: str, model: Any, size: int) -> int:
+    """Add the parameters of the method ``name`` to the model. Returns their number."""
+    kind = method_type(name)
+    setattr(model, GUEST, kind)
+    return kind.add(model, size)
+
+
+def guest_of(model: Any) -> MethodType | None:
+    """The guest by which the model trains."""
+    return getattr(model, GUEST, None)

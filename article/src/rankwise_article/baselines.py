@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from rankwise.adapters import MethodType
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject, read_json
+from rankwise.methods import MethodType
 from rankwise.records import write_bytes, write_json
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
 from rankwise.adapters.checkpoint import load_adapter, load_tensors
-from rankwise.adapters.inject import MethodType, add_adapter, plan_adapter
+from rankwise.adapters.inject import add_adapter, plan_adapter
 from rankwise.adapters.saving import adapter_parameters, adapter_tensors, save_adapter
 from rankwise.adapters.state import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
 from rankwise.adapters.switch import (
@@ -17,7 +17,6 @@ from rankwise.adapters.switch import (
 __all__ = [
     "AdaptedModule",
     "AdapterReport",
-    "MethodType",
     "adapter_config",
     "adapter_disabled",
     "adapter_parameters",

@@ -36,7 +36,7 @@ from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
 from rankwise.foreign import Fields
 from rankwise.labels import SEVERAL, SINGLE, Labels
-from rankwise.methods import method_of
+from rankwise.methods import method_of, method_type
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
@@ -154,7 +154,6 @@ def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel
     model's head."""
     from rankwise.adapters import load_adapter
     from rankwise.adapters.folder import quantization_of
-    from rankwise.adapters.inject import method_type
     from rankwise.models import choose_device, fetch_model
     from rankwise.models.prepared import load_prepared
 

@@ -28,7 +28,6 @@ from rankwise.adapters.folder import (
     revision_of,
     tokenizer_with_rows,
 )
-from rankwise.adapters.inject import method_type
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data.encoding import RowEncoder
@@ -37,7 +36,7 @@ from rankwise.errors import ConfigError, DataError, ModelError, heard
 from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.labels import labels_of_head
-from rankwise.methods import is_known, method_of
+from rankwise.methods import is_known, method_of, method_type
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, warns_of_other_hub_model
 from rankwise.models.folder import answers_labels, read_config
 from rankwise.models.load import is_of_file, table_rows

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import CONFIG_FILE
-from rankwise.adapters.inject import guest_of
 from rankwise.compat.system import flush, rename
 from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
+from rankwise.methods import guest_of
 from rankwise.models.prepared import MappedFiles, mapped_files
 from rankwise.models.source import ModelSource
 from rankwise.objectives import OBJECTIVES

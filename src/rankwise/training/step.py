@@ -34,14 +34,14 @@ from rankwise.acceleration.layouts import Layout
 from rankwise.acceleration.log_probs import sharing_obstacle
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters import add_adapter, plan_adapter
-from rankwise.adapters.inject import add_by, attach
+from rankwise.adapters.inject import attach
 from rankwise.adapters.lora import LowRankPair
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.config import Shares, StepOptions
 from rankwise.conflicts import takes_eight_bit
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
-from rankwise.methods import method_of
+from rankwise.methods import add_by, method_of
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.ops.branch import eight_bit_pays
 from rankwise.quantization.targets import four_bit_modules

@@ -27,11 +27,11 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.folder import WEIGHTS_FILE
-from rankwise.adapters.inject import guest_of
 from rankwise.adapters.select import module_names
 from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_buffers, own_part, own_rows
 from rankwise.compat.transformers import decoder_layers, is_converted_by_parts
 from rankwise.errors import ConfigError, RunError, one_line
+from rankwise.methods import guest_of
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
