@@ -40,7 +40,7 @@ DIFFERENCES = ("| method | BLEU | verdict | won, tied, lost |", "|---|---|---|--
 SCALES = {"BLEU": 100, "METEOR": 100, "ROUGE_L": 100, "NIST": 1, "CIDEr": 1}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     method: str
     seed: int
@@ -121,7 +121,14 @@ def read_run(folder: Path) -> Run:
     record = read_json(folder / "run.json")
     outputs = (folder / "outputs.txt").read_text(encoding="utf-8").splitlines()
     method, seed = folder.name.rsplit("-", 1)
-    return Run(method, int(seed), record, MtevalStatistics(**counts), columns, outputs)
+    return Run(
+        method=method,
+        seed=int(seed),
+        record=record,
+        statistics=MtevalStatistics(**counts),
+        per_example=columns,
+        outputs=outputs,
+    )
 
 
 def verdict(difference: Score) -> str:
