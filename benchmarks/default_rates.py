@@ -1,27 +1,39 @@
 """The regret of the default learning rate on grids of rates: how far it ends above the best rate that was tried.
 
     python benchmarks/default_rates.py MODEL train.jsonl eval.jsonl --name e2e --rates 2e-4,6e-4,1.3e-3,3e-3
+    python benchmarks/default_rates.py --list FOLDER --e2e FOLDER --instructions FOLDER --grids 2
 
 Trains once at each rate, and adds the grid to those in benchmarks/results, where grids of our reports and of
 tinker-cookbook's sweep lie too. Makes benchmarks/results/default_rates.md anew.
+
+The list was written before the first of its grids ran, and is ordered so that any beginning of it is a table already.
+FOLDER holds evidence.py's models; the other two hold E2E's trainset.csv and devset.csv, and LLaMA-Factory's
+alpaca_en_demo.json and identity.json, whose answers are nearly alike. Each grid is the default rate,
+half a decade less, and half a decade and a decade more.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import json
 import math
 import statistics
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import contenders
 import results
+from evidence import MODELS, commit
 
+import rankwise as rw
 from rankwise.config import TrainSettings, variant_of
 from rankwise.default_rate import default_rate
+from rankwise.errors import RankwiseError
 from rankwise.models import fetch_model
 from rankwise.planning.facts import read_model
 from rankwise.reports.numbers import rate as spelled
@@ -31,14 +43,122 @@ FILE = results.FOLDER / "default_rates_all.json"
 # Grids of a source on the page.
 MOST_ROWS = 6
 BEFORE = 2e-4
+LIST = "Qwen2.5-Coder-Instruct: the list"
+# {data: (rows for training, for evaluation, max_length)}.
+DATA = {"e2e": (400, 64, 160), "verbatim": (80, 11, 160), "instructions": (400, 64, 256), "pairs": (400, 64, 160)}
+STEPS, ROWS = 40, 4
+# Training losses of so many first steps are kept: do they tell that the default will be bad?
+FIRST = 12
 Grid = dict[str, Any]
 # A grid, its default rate, that rate's regret, and that of 2e-4.
 Judged = tuple[Grid, float, float, float | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A grid of the list."""
+
+    model: str
+    method: str
+    data: str
+    objective: str = "sft"
+
+    def is_of(self, grid: Grid) -> bool:
+        return grid["source"] == LIST and (grid["model"], grid["method"], grid["data"]) == dataclasses.astuple(self)[:3]
+
+
+def cells() -> Iterator[Cell]:
+    """LoRA on all data, the larger model, all weights, the other methods, preferences."""
+    demonstrations = [name for name in DATA if name != "pairs"]
+    yield from (Cell("0.5B", "lora", data) for data in demonstrations)
+    yield from (Cell("1.5B", "lora", data) for data in demonstrations[:2])
+    yield from (Cell("0.5B", method, data) for method in ("full", "dora", "qlora") for data in demonstrations)
+    yield Cell("0.5B", "lora", "pairs", "dpo")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     contenders.silence()
+    if given.list is None:
+        grid_of_one(given)
+    else:
+        grids_of_list(given)
+
+
+def grids_of_list(given: argparse.Namespace) -> None:
+    about = {"machine": results.machine(), "versions": results.versions()}
+    grids = json.loads(FILE.read_text(encoding="utf-8"))["grids"]
+    left = [cell for cell in cells() if not any(cell.is_of(grid) for grid in grids)]
+    for cell in left[: given.grids]:
+        print(cell, file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as place:
+            grid = {**_measured(cell, given, Path(place)), "commit": commit(about)}
+        run = json.loads(FILE.read_text(encoding="utf-8"))
+        grid["processor"] = results.processor(about)
+        results.publish(given.output, "default_rates", run | {"grids": [*run["grids"], grid]}, page, "all")
+
+
+def _measured(cell: Cell, given: argparse.Namespace, place: Path) -> Grid:
+    count, held_out, max_length = DATA[cell.data]
+    files = [str(place / name) for name in ("train.jsonl", "eval.jsonl")]
+    for file, rows in zip(files, _rows(cell.data, count, held_out, given)):
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = str(place / "model")
+    model, tokenizer = rw.load_model(str(given.list / MODELS[cell.model]))
+    assert tokenizer is not None, "the file has one"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    del model
+    read = read_model(fetch_model(folder, weights=False))
+    facts = {"family": read.family, "width": read.facts.width}
+    default = default_rate(*facts.values(), {"objective": cell.objective, "method": cell.method}).rate
+    grid: Grid = {"source": LIST, **dataclasses.asdict(cell), **facts, "steps": STEPS, "batch": ROWS, "losses": {}}
+    for times in (-1, 0, 1, 2):
+        rate = float(f"{default * 10 ** (times / 2):.1e}")
+        settings = {"model": folder, "data": files[0], "eval_data": files[1], "output": f"{place}/run{times}"}
+        settings |= {"method": cell.method, "objective": cell.objective, "learning_rate": rate, "max_steps": STEPS}
+        settings |= {"batch_size": ROWS, "max_length": max_length, "eval_steps": STEPS, "logging_steps": 1}
+        try:
+            record = train(TrainSettings.model_validate(settings))
+        except RankwiseError as error:
+            grid["losses"][spelled(rate)] = None
+            grid.setdefault("failed", {})[spelled(rate)] = str(error)
+            continue
+        lines = Path(settings["output"], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        first = [line["loss"] for line in map(json.loads, lines) if "loss" in line][:FIRST]
+        grid["before"] = record.initial_eval_loss
+        grid["losses"][spelled(rate)] = record.eval_loss
+        grid.setdefault("first_steps", {})[spelled(rate)] = first
+    return grid
+
+
+def _rows(data: str, count: int, held_out: int, given: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """(rows for training, for evaluation), spread evenly over the files."""
+    if data in ("e2e", "pairs"):
+        parts = []
+        for name, asked in (("trainset.csv", count), ("devset.csv", held_out)):
+            with (given.e2e / name).open(encoding="utf-8", newline="") as file:
+                found = list(csv.DictReader(file))
+            parts.append(found[:: len(found) // asked][:asked])
+    else:
+        name = {"instructions": "alpaca_en_demo.json", "verbatim": "identity.json"}[data]
+        found = json.loads((given.instructions / name).read_text(encoding="utf-8"))
+        # Of every so many rows one is held out.
+        every = len(found) // held_out
+        parts = [[row for place, row in enumerate(found) if place % every][:count], found[::every][:held_out]]
+    if data == "pairs":
+        # The better answer is the row's own, the worse one another row's.
+        parts = [
+            [
+                {"prompt": row["mr"], "chosen": row["ref"], "rejected": other["ref"]}
+                for row, other in zip(rows, [*rows[1:], rows[0]])
+            ]
+            for rows in parts
+        ]
+    return parts[0], parts[1]
+
+
+def grid_of_one(given: argparse.Namespace) -> None:
     model = read_model(fetch_model(given.model, weights=False))
     options = {"max_steps": given.steps, "batch_size": given.batch, "max_length": given.max_length}
     grid: Grid = {
@@ -60,8 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "eval_data"):
-        parser.add_argument(name)
-    parser.add_argument("--name", required=True, help="of the data, in the table")
+        parser.add_argument(name, nargs="?")
+    parser.add_argument("--list", type=Path, metavar="FOLDER", help="run what is left of the list")
+    parser.add_argument("--e2e", type=Path, metavar="FOLDER")
+    parser.add_argument("--instructions", type=Path, metavar="FOLDER")
+    parser.add_argument("--grids", type=int, default=sys.maxsize, help="of the list, no more than so many")
+    parser.add_argument("--name", help="of the data, in the table")
     parser.add_argument("--method", default="lora", help="as in `rankwise compare`: lora, full, lora+plus")
     parser.add_argument("--rates", default="2e-4,6e-4,1.3e-3,3e-3")
     parser.add_argument("--steps", type=int, default=40)
@@ -96,11 +220,46 @@ def page(runs: list[results.Run]) -> list[str]:
         "straight line between the two rates that were tried beside it, over the logarithm of the rate. The grids with "
         "the largest regrets are listed; the runs' file has all.",
     ]
-    for source in dict.fromkeys(grid["source"] for grid in run["grids"]):
+    lines += ["", f"## {LIST}", "", *_table_of_list(judged)]
+    for source in dict.fromkeys(grid["source"] for grid in run["grids"] if grid["source"] != LIST):
         here = [item for item in judged if item[0]["source"] == source]
         worst = sorted(here, key=lambda item: item[2], reverse=True)[:MOST_ROWS]
         lines += ["", f"## {source}", "", *_table(worst), "", _summary(here)]
     return lines
+
+
+def _table_of_list(judged: Sequence[Judged]) -> list[str]:
+    done = {cell: item for cell in cells() for item in judged if cell.is_of(item[0])}
+    headings = ("model", "data", "method", "loss before", "best loss", "best rate", "default", "regret", "of 2e-4")
+    rows = []
+    for cell in cells():
+        name = [cell.model, cell.data, cell.method if cell.objective == "sft" else f"{cell.method}, {cell.objective}"]
+        if cell not in done:
+            rows.append([*name, "not run yet", *[""] * (len(headings) - 4)])
+            continue
+        grid, rate, own, before = done[cell]
+        best, loss = min(_losses(grid).items(), key=lambda item: item[1])
+        known = ["" if before is None else f"{before:.1%}"]
+        found = [f"{grid['before']:.3f}", f"{loss:.3f}", spelled(best), spelled(rate), f"{own:.1%}", *known]
+        rows.append([*name, *found])
+    commits = sorted({item[0]["commit"] for item in done.values()})
+    words = f"{len(done)} of {len(rows)} grids have run"
+    if done:
+        processors = sorted({item[0]["processor"] for item in done.values()})
+        words += f", at {', '.join(commits)}, on {' and '.join(processors)}. {_summary([*done.values()])}"
+    return [
+        f"{STEPS} steps of {ROWS} rows in the products of `--products auto`, rates half a decade apart: one below the "
+        "default, and two above. No default was fitted on these.",
+        "",
+        *results.table(headings, rows),
+        "",
+        words if done else f"{words}.",
+    ]
+
+
+def _losses(grid: Grid) -> dict[float, float]:
+    """{rate: loss}; without end for a run that diverged."""
+    return {float(tried): math.inf if loss is None else loss for tried, loss in grid["losses"].items()}
 
 
 def _table(judged: Sequence[Judged]) -> list[str]:
@@ -125,12 +284,13 @@ def _summary(judged: Sequence[Judged]) -> str:
 
 def default_of(grid: Grid) -> float:
     method, changes = variant_of(grid["method"])
-    return default_rate(grid["family"], grid["width"], {"objective": "sft", **changes, "method": method}).rate
+    settings = {"objective": grid.get("objective", "sft"), **changes, "method": method}
+    return default_rate(grid["family"], grid["width"], settings).rate
 
 
 def regret(grid: Grid, rate: float) -> float | None:
     """None for a rate beyond the grid."""
-    losses = {float(tried): loss for tried, loss in grid["losses"].items()}
+    losses = _losses(grid)
     if not min(losses) <= rate <= max(losses):
         return None
     low, high = max(tried for tried in losses if tried <= rate), min(tried for tried in losses if tried >= rate)
