@@ -285,6 +285,31 @@ def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypat
     assert "frozen products: int8 (as before)" in watcher.notes
 
 
+def test_a_long_run_ends_in_the_bases_dtype(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is resumed in its last quarter."""
+    whole, ending, folders = Recorder(), Recorder(), [tmp_path / "ending", tmp_path / "run"]
+    train(settings(products="int8"), whole)
+    monkeypatch.setattr(products, "LONG_RUN", 8)
+    record = train(settings(products="int8", output=folders[0]), ending)
+    losses = [[info.loss for info in watcher.steps] for watcher in (whole, ending)]
+    assert record.steps == 8
+    assert record.eight_bit_steps == 6
+    assert losses[0][:6] == losses[1][:6]
+    assert losses[0][6] != losses[1][6]
+    assert "frozen products: float32 from step 7 on, to undo the bias of 8 bits" in ending.notes
+    with pytest.raises(Interrupted):
+        train(settings(products="int8", overwrite=True), Recorder(stop_at=7))
+    train(settings(products="int8", resume=True))
+    one, other = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_reference_keeps_the_products_of_all_steps() -> None:
+    assert products.eight_bit_steps(100, 0.0) == 75
+    assert products.eight_bit_steps(100, 0.1) is None
+    assert products.eight_bit_steps(99, 0.0) is None
+
+
 def test_products_are_named_by_their_dtype(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "eight_bit_pays", lambda like: False)
     train(settings(dtype="float32", max_steps=1), watcher := Recorder())

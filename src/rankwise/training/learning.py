@@ -195,6 +195,7 @@ def make_loop(
     *,
     progress: Progress,
     is_evaluated: bool = False,
+    eight_bit_steps: int | None = None,
 ) -> Loop:
     """A run's loop. ``is_evaluated``: a resumed run needs no evaluation at its start."""
     optimizer = functools.partial(
@@ -216,6 +217,7 @@ def make_loop(
         autocast=base.autocast,
         max_grad_norm=updates.max_grad_norm,
         evaluates_first=pace.eval_steps is not None and not is_evaluated,
+        eight_bit_steps=eight_bit_steps,
     )
 
 

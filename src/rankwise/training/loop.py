@@ -28,6 +28,7 @@ from rankwise.training.batches import Batch, means_of, own_parts, without_rows
 from rankwise.training.checkpoints import FOLDER, Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
 from rankwise.training.parts import Pace
+from rankwise.training.products import end_eight_bits
 from rankwise.training.states import (
     load_state,
     random_states,
@@ -70,6 +71,8 @@ class Loop:
     autocast: torch.dtype | None = None
     max_grad_norm: float = 1.0
     evaluates_first: bool = False
+    # The steps after which products are no longer in 8 bits; None: they stay as they are.
+    eight_bit_steps: int | None = None
 
     def __post_init__(self) -> None:
         self.micro_batches = len(self.objective.order(0))
@@ -112,12 +115,15 @@ class Loop:
         if self.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
             self.save(watch)
-        logged = StepSums()
+        logged, is_exact_due = StepSums(), self.eight_bit_steps is not None
         for epoch in itertools.count(progress.steps // self.steps_an_epoch):
             if self.stopping or progress.steps >= pace.total_steps:
                 return
             for batches in self._steps(epoch, states):
                 watch.clock.start()
+                if is_exact_due and progress.steps >= (self.eight_bit_steps or 0):
+                    end_eight_bits(model)
+                    is_exact_due = False
                 batches = self.step.prepared(batches, progress.steps)
                 step, norm = self.step.gradients(batches, targets_of(batches))
                 # The only wait for the device in a step.

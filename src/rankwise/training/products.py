@@ -7,8 +7,9 @@ products, q_i:
 
 An update sums gradients of different rows, which differ by the spread; errors of 8 bits differ from row to row as well,
 so they average out as the rows' own noise does, of which they add rho^2. What errs in the same direction in every row
-does not, and is not measured: longer runs pay for it. The measure is the root mean square of rho
-over the tensors. At B = 0, where adapters start, the gradient of A is zero, so B is drawn first.
+does not, and is not measured: a longer run would pay for it, so its last steps compute in the base's dtype. The measure
+is the root mean square of rho over the tensors. At B = 0, where adapters start, the gradient of A is zero, so B is
+drawn first.
 
 A layer whose own output errs too much, for the same input, keeps the base's dtype whatever the gradient says. So does
 the head if its logits in 8 bits alone change the first micro-batch's gradient too much.
@@ -36,6 +37,7 @@ from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
 from rankwise.compat.system import cache_folder
+from rankwise.constants import EXACT_PART, LONG_RUN
 from rankwise.foreign import checked
 from rankwise.ops.eight_bit import EightBit, error_of_rows
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -177,6 +179,20 @@ def taken(prepared: Prepared, model: nn.Module, products: Products, left: Sequen
     accelerated = prepared.accelerated and dataclasses.replace(prepared.accelerated, eight_bit=count)
     computing = dataclasses.replace(prepared.computing, products=products)
     return dataclasses.replace(prepared, accelerated=accelerated, computing=computing)
+
+
+def eight_bit_steps(total: int, beta: float) -> int | None:
+    """The steps of a run of ``total`` that compute in 8 bits, the first; None: all. A reference (``beta`` > 0) is
+    compared with what the same products make of the same rows, in every step."""
+    if beta or total < LONG_RUN:
+        return None
+    return total - math.ceil(EXACT_PART * total)
+
+
+def end_eight_bits(model: nn.Module) -> None:
+    """Compute in the base's dtype from now on."""
+    for holder in _in_eight_bits(model).values():
+        holder.eight_bit = None
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ from rankwise.training.optimizers import (
     make_schedule,
 )
 from rankwise.training.parts import Base, Given, Learned, Pace, Reading, Updates, learned_of, part_of
-from rankwise.training.products import affordable_rows, judge, kept_file, pairs_in_eight_bits, taken
+from rankwise.training.products import affordable_rows, eight_bit_steps, judge, kept_file, pairs_in_eight_bits, taken
 from rankwise.training.rate_search import rate_before, rates_to_try, search
 from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
@@ -241,6 +241,12 @@ def _prepare(
     )
     searched = _search(asked, rates, learned, loaded, rows, step, observer) if len(rates) > 1 else None
     updates = part_of(Updates, asked, rate=rates[0] if searched is None else searched["chosen"])
+    total, in_eight_bits = step.pace.total_steps, None
+    if step.prepared.computing.products == "int8":
+        in_eight_bits = eight_bit_steps(total, learned.beta)
+    if in_eight_bits is not None:
+        dtype = _dtype_of("bfloat16", loaded)
+        observer.note(f"frozen products: {dtype} from step {in_eight_bits + 1} on, to undo the bias of 8 bits")
     loop = make_loop(
         step.objective,
         step.pace,
@@ -250,6 +256,7 @@ def _prepare(
         asked.output,
         progress=progress_of(checkpoint),
         is_evaluated=_is_evaluated(asked.output, checkpoint),
+        eight_bit_steps=in_eight_bits,
     )
     record = _record(
         asked,
@@ -264,6 +271,7 @@ def _prepare(
         data=rows.described,
         versions=rows.versions,
         products_measured=step.measured or (before and before.products_measured),
+        eight_bit_steps=in_eight_bits,
         rate_search=searched,
     )
     reference = None

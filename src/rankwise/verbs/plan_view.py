@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.constants import MOST_ROUNDED_ONCE
+from rankwise.constants import LONG_RUN, MOST_ROUNDED_ONCE
 from rankwise.methods import method_of
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words, verdict_of, with_rounded
 from rankwise.planning.hardware import CARDS
@@ -219,7 +219,8 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
         yield (
             "8 bits",
             "times hold if train's measurement on the model and its first rows admits 8-bit products of frozen "
-            f"weights; else adapters' steps take {1 / share:.1f} times as long, with the same peak.",
+            f"weights; else, and in the last quarter of {LONG_RUN} steps or more, adapters' steps take "
+            f"{1 / share:.1f} times as long, with the same peak.",
         )
         yield from rounded_lines(plan)
     if plan.hardware.device_type == "cuda" and any(method_of(row.estimate.method).four_bits for row in plan.rows):
