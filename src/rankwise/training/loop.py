@@ -115,15 +115,15 @@ class Loop:
         if self.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
             self.save(watch)
-        logged, is_exact_due = StepSums(), self.eight_bit_steps is not None
+        logged, in_eight_bits = StepSums(), self.eight_bit_steps
         for epoch in itertools.count(progress.steps // self.steps_an_epoch):
             if self.stopping or progress.steps >= pace.total_steps:
                 return
             for batches in self._steps(epoch, states):
                 watch.clock.start()
-                if is_exact_due and progress.steps >= (self.eight_bit_steps or 0):
+                if in_eight_bits is not None and progress.steps >= in_eight_bits:
                     end_eight_bits(model)
-                    is_exact_due = False
+                    in_eight_bits = None
                 batches = self.step.prepared(batches, progress.steps)
                 step, norm = self.step.gradients(batches, targets_of(batches))
                 # The only wait for the device in a step.
