@@ -192,7 +192,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--output", type=Path, default=results.FOLDER)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    needed = ("e2e", "instructions") if given.list else ("model", "data", "eval_data", "name")
+    if missing := [name for name in needed if getattr(given, name) is None]:
+        parser.error(f"give {', '.join(missing)} too.")
+    return given
 
 
 def _loss(given: argparse.Namespace, rate: float, options: dict[str, int]) -> float | None:
@@ -224,7 +228,7 @@ def page(runs: list[results.Run]) -> list[str]:
     for source in dict.fromkeys(grid["source"] for grid in run["grids"] if grid["source"] != LIST):
         here = [item for item in judged if item[0]["source"] == source]
         worst = sorted(here, key=lambda item: item[2], reverse=True)[:MOST_ROWS]
-        lines += ["", f"## {source}", "", *_table(worst), "", _summary(here)]
+        lines += ["", f"## {source}", "", *_table(worst), "", f"{len(here)} grids. {_summary(here)}"]
     return lines
 
 
@@ -279,7 +283,7 @@ def _summary(judged: Sequence[Judged]) -> str:
         return f"median {statistics.median(found):.1%}, worst {max(found):.1%}"
 
     before = [item[3] for item in judged if item[3] is not None]
-    return f"{len(judged)} grids. Default: {figures([item[2] for item in judged])}. 2e-4: {figures(before)}."
+    return f"Default: {figures([item[2] for item in judged])}. 2e-4: {figures(before)}."
 
 
 def default_of(grid: Grid) -> float:
