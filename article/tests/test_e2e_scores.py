@@ -78,7 +78,7 @@ def fake_java(folder, monkeypatch, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(e2e_scores, "_file", lambda name: path)
+    monkeypatch.setattr(e2e_scores, "file_of", lambda name: path)
 
 
 @pytest.mark.parametrize(

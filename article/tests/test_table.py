@@ -106,8 +106,8 @@ def test_speeds_are_medians_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
         speed = len(called) * (10 if method == "full" else 1)
         write_json(run / "run.json", {"examples_per_second": speed, "device": {"name": "cpu", "threads": 2}})
 
-    monkeypatch.setattr(table_runs, "_train", train)
-    monkeypatch.setattr(table_runs, "_train_rows", lambda *given: None)
+    monkeypatch.setattr(table_runs, "train_by", train)
+    monkeypatch.setattr(table_runs, "train_rows", lambda *given: None)
     table_runs.measure_speeds(tmp_path, {"rows": 8, "methods": {"lora": {}, "full": {}}}, tmp_path, tmp_path)
     assert called == ["lora", "full"] * 3
     assert read_json(tmp_path / table_runs.SPEED)["examples_per_second"] == {"lora": 3, "full": 40}

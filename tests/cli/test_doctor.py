@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from marks import LEVELS
+from rankwise import ops
 from rankwise.cli import doctor
-from rankwise.ops import selection
 from rankwise.ops.cpu import native
 
 
@@ -17,9 +17,9 @@ from rankwise.ops.cpu import native
 def fresh_choice(monkeypatch):
     """The choice of kernels is made anew, and forgotten again."""
     monkeypatch.delenv("RANKWISE_OPS", raising=False)
-    monkeypatch.setattr(selection, "_modules", {})
-    monkeypatch.setattr(selection, "_choice", None)
-    monkeypatch.setattr(selection, "_said", set())
+    ops.set_implementation(None)
+    yield
+    ops.set_implementation(None)
 
 
 def test_a_machine_that_works_ends_with_0_and_names_its_kernels(rankwise):

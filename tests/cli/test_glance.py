@@ -123,7 +123,7 @@ def test_what_the_model_s_config_decides_is_said_before_data_and_weights_are_rea
     rankwise, model_folder, gpt2_folder, run_folder, tmp_path, monkeypatch, code, words
 ):
     (tmp_path / "bad.jsonl").write_text("{")
-    monkeypatch.setattr("rankwise.models.load._check_finite", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("rankwise.models.load.check_finite", lambda *_: pytest.fail("the weights were read"))
     places = {"M": model_folder, "GPT2": gpt2_folder, "RUN": run_folder}
     given = [places.get(word, word) for word in words]
     given += ["--data", tmp_path / "bad.jsonl"] if words[0] not in ("generate", "merge") else []

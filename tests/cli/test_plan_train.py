@@ -135,10 +135,10 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(train, litt
 def test_the_refusal_names_changes_that_fit(train, little_memory, toy_memory, monkeypatch):
     """Just below what the longest rows need, a smaller batch is enough."""
     seen = []
-    real = guard.MemoryGuard._ask
-    monkeypatch.setattr(guard.MemoryGuard, "_ask", lambda self, workload: seen.append(real(self, workload)) or seen[-1])
+    real = guard.MemoryGuard.ask
+    monkeypatch.setattr(guard.MemoryGuard, "ask", lambda self, workload: seen.append(real(self, workload)) or seen[-1])
     # What loading leaves differs from run to run.
-    monkeypatch.setattr(guard.MemoryGuard, "_with_loaded", lambda self, predicted, mapped: predicted)
+    monkeypatch.setattr(guard.MemoryGuard, "with_loaded", lambda self, predicted, mapped: predicted)
     assert train().code == 0
     smallest, needed = seen[0].peak_bytes, seen[-1].peak_bytes
     assert needed > smallest
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_4_bits_is_held_against_the_memory_as_such(little_memory
         )
         asked = guard.MemoryGuard(settings.model_dump(), print, lambda: 0, ignore=False)
         asked.before_loading(fetch_model(str(folder)))
-        return asked._ask(asked._run.workload)
+        return asked.ask(asked._run.workload)
 
     little_memory(10**15)
     as_it_is, as_qlora = peak("lora", quantization_config=stored), peak("qlora", double_quant=False)
@@ -186,7 +186,7 @@ def test_a_model_that_cannot_be_predicted_trains_all_the_same(train, monkeypatch
     def unknown(*arguments, **more):
         raise ModelError("RW325", "no closed form for this one.")
 
-    monkeypatch.setattr(guard.MemoryGuard, "_ask", unknown)
+    monkeypatch.setattr(guard.MemoryGuard, "ask", unknown)
     done = train()
     assert done.code == 0
     assert "RW564" in done.stderr

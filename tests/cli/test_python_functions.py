@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +125,14 @@ def test_runs_after_another_are_those_of_processes_of_their_own(train: Any, mode
 def test_memory_is_given_back(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a run that failed, whose error a notebook keeps."""
     held: list[Any] = []
-    prepare = run_module._prepare
+    make_loop = run_module.make_loop
 
-    def prepared(*given: Any) -> Any:
-        import weakref
+    def made(*given: Any, **named: Any) -> Any:
+        loop = make_loop(*given, **named)
+        held.append(weakref.ref(loop.model))
+        return loop
 
-        session = prepare(*given)
-        held.append(weakref.ref(session.loop.model))
-        return session
-
-    monkeypatch.setattr(run_module, "_prepare", prepared)
+    monkeypatch.setattr(run_module, "make_loop", made)
     train()
     with pytest.raises(Interrupted) as kept:
         train("stopped", on_step=lambda info: os.kill(os.getpid(), signal.SIGINT) if info.step == 2 else None)

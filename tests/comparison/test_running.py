@@ -235,7 +235,7 @@ def test_the_time_of_all_steps_is_told_before_the_first_run(
     """What a run takes beside its steps follows from the machine's imports."""
     monkeypatch.setattr(run, "import_seconds", lambda: imports)
     monkeypatch.setattr(run, "step_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(run, "_waiting", lambda: 1.0)
+    monkeypatch.setattr(run, "waiting", lambda: 1.0)
     told: list[str] = []
     watcher = Quiet()
     watcher.say, watcher.started = told.append, lambda job: told.append("started")  # type: ignore[method-assign]

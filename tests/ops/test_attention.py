@@ -17,7 +17,7 @@ from marks import LEVELS, needs_avx2
 from precision import assert_as_exact
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
-from rankwise.ops import reference, selection
+from rankwise.ops import reference
 from rankwise.ops.attention import attention, obstacle, plain_attention
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.cpu import native
@@ -327,8 +327,8 @@ def test_other_dtypes_and_head_sizes_run_in_pytorch(shape: tuple[int, ...], rang
         torch.testing.assert_close(one, other)
 
 
-def test_slow_path_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_said", set())
+def test_slow_path_is_said_once() -> None:
+    ops.set_implementation(None)
     q = torch.randn(1, 8, 2, 24).bfloat16()
     with pytest.warns(RankwiseWarning, match="RW608.*heads of 16.* have 24"):
         attention(q, q, q)
@@ -339,8 +339,8 @@ def test_slow_path_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_native
-def test_lower_levels_run_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_said", set())
+def test_lower_levels_run_in_pytorch() -> None:
+    ops.set_implementation(None)
     tensors = make(1, 50, 50, 2, 1, 64)
     native.set_level("portable")
     try:

@@ -224,7 +224,6 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def _restore(self):
         yield
-        selection._said.clear()
         ops.set_implementation("auto")
 
     def test_names(self) -> None:
@@ -234,18 +233,17 @@ class TestChoice:
             ops.set_implementation("fast")
 
     def test_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(selection, "_choice", None)
-        monkeypatch.setattr(selection, "_modules", {})
+        ops.set_implementation(None)
         monkeypatch.setenv("RANKWISE_OPS", "reference")
         assert ops.implementation(torch.empty(1)) == "reference"
-        monkeypatch.setattr(selection, "_modules", {})
+        ops.set_implementation(None)
         monkeypatch.setenv("RANKWISE_OPS", "quick")
         with pytest.raises(QuantizationError, match="RW607.*quick"):
             ops.implementation(torch.empty(1))
 
     def test_a_missing_library_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("rankwise.ops.cpu.native.library_path", lambda: None)
-        ops.set_implementation("auto")
+        ops.set_implementation(None)
         with pytest.warns(RankwiseWarning, match="RW608.*plain PyTorch.*compiler"):
             ops.quantize_4bit(torch.randn(4, 64))
         ops.set_implementation("auto")

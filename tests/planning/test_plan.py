@@ -101,7 +101,7 @@ def test_where_the_hub_gives_no_config_the_built_in_shape_is_planned(code: str, 
     def refuse(*_: Any) -> None:
         raise ModelError(code, "not today.")
 
-    monkeypatch.setattr("rankwise.models.source._snapshot", refuse)
+    monkeypatch.setattr("rankwise.models.source.snapshot", refuse)
     asked = read_settings(PlanSettings, None, {"model": "Qwen/Qwen3-0.6B-Base", "method": "lora", "max_length": 16})
     if code == "RW314":
         with pytest.raises(ModelError, match="RW314"):

@@ -158,7 +158,7 @@ def test_losses_and_gradients_are_those_of_trl(
     from trl.trainer.utils import split_tensor_dict
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda _, ids, *__, **___: (told(ids), None))
-    monkeypatch.setattr(RewardedAnswers, "_written", lambda _, rows, *__: told([row["input_ids"] for row in rows]))
+    monkeypatch.setattr(RewardedAnswers, "written", lambda _, rows, *__: told([row["input_ids"] for row in rows]))
     mine = objective_of(tokenizer, fast=fast, flat=flat, loss_type=loss_type, beta=beta)
     model = mine.scoring.model.train()
     batches = step_of(mine)

@@ -182,7 +182,6 @@ def test_the_kl_of_kto_is_a_mean_over_the_rows_of_all_processes(monkeypatch: pyt
         max_length=16,
     )
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "_group", lambda: "two processes")
     monkeypatch.setattr(ranks, "summed", lambda given: [mine + other for mine, other in zip(given, (4.0, 1.0))])
     assert objective._z({"mismatched": None, KEY: Counted(2, 8, 2)}) == pytest.approx(7 / 3)
 

@@ -117,7 +117,7 @@ def missing_java() -> str | None:
     """What METEOR and the tokenizer need that is missing here, and how to get it, as a clause; None if nothing is
     missing.
     """
-    if not all(_file(name).is_file() for name in (TOKENIZER_JAR, METEOR_JAR)):
+    if not all(file_of(name).is_file() for name in (TOKENIZER_JAR, METEOR_JAR)):
         return f"{PACKAGE} is not installed; get it with `pip install pycocoevalcap`"
     if shutil.which("java") is None:
         return (
@@ -126,7 +126,7 @@ def missing_java() -> str | None:
     return None
 
 
-def _file(name: str) -> Path:
+def file_of(name: str) -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return Path(folders[0] if folders else PACKAGE) / name
@@ -135,8 +135,8 @@ def _file(name: str) -> Path:
 def _java(jar: str, arguments: Sequence[str], lines: Sequence[str], count: int) -> list[str]:
     """The ``count`` lines that a program writes for ``lines``. Raises DataError (RA237) when it fails."""
     done = subprocess.run(
-        [*JAVA, str(_file(jar)), *arguments],
-        cwd=_file(jar).parent,
+        [*JAVA, str(file_of(jar)), *arguments],
+        cwd=file_of(jar).parent,
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
         encoding="utf-8",
@@ -173,8 +173,8 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> t
     cleaned = [prediction.replace("|||", "").replace("  ", " ") for prediction in predictions]
     asked = [f"SCORE ||| {' ||| '.join(group)} ||| {text}" for group, text in zip(references, cleaned, strict=True)]
     java = subprocess.Popen(
-        [*JAVA, str(_file(METEOR_JAR)), *METEOR],
-        cwd=_file(METEOR_JAR).parent,
+        [*JAVA, str(file_of(METEOR_JAR)), *METEOR],
+        cwd=file_of(METEOR_JAR).parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -34,11 +34,11 @@ def unfinished(state: Path, settings: JsonObject) -> list[tuple[str, int]]:
 
 
 def carry_out(state: Path, settings: JsonObject, data: Path, work: Path, method: str, seed: int) -> None:
-    rows = _train_rows(data / TRAIN, settings["rows"], work)
+    rows = train_rows(data / TRAIN, settings["rows"], work)
     rate = _rate(state, settings, rows, data, work, method)
     run, answers = work / f"{method}-{seed}", work / f"{method}-{seed}-answers"
     steps = -(-settings["rows"] // settings["train"]["batch_size"])
-    _train(settings, method, rows, data, run, seed=seed, eval_steps=steps, learning_rate=rate)
+    train_by(settings, method, rows, data, run, seed=seed, eval_steps=steps, learning_rate=rate)
     tuned = {"model" if method == "full" else "adapter": run}
     _rankwise("evaluate", **tuned, task="e2e", data=data / TEST, output=answers)
     _keep(run, answers / "e2e", state / "runs" / f"{method}-{seed}")
@@ -47,11 +47,11 @@ def carry_out(state: Path, settings: JsonObject, data: Path, work: Path, method:
 
 def measure_speeds(state: Path, settings: JsonObject, data: Path, work: Path) -> None:
     """Write the training examples of each method a second; nothing else may run meanwhile."""
-    rows, run = _train_rows(data / TRAIN, settings["rows"], work), work / "timed"
+    rows, run = train_rows(data / TRAIN, settings["rows"], work), work / "timed"
     found: dict[str, list[float]] = {}
     short = {"seed": 0, "max_steps": TIMED_STEPS, "eval_steps": TIMED_STEPS, "eval_limit": 8}
     for method in [*settings["methods"]] * ROUNDS:
-        _train(settings, method, rows, data, run, **short)
+        train_by(settings, method, rows, data, run, **short)
         record = read_json(run / "run.json")
         found.setdefault(method, []).append(record["examples_per_second"])
         shutil.rmtree(run)
@@ -60,7 +60,7 @@ def measure_speeds(state: Path, settings: JsonObject, data: Path, work: Path) ->
     write_json(state / SPEED, {"examples_per_second": speed, "device": device})
 
 
-def _train_rows(file: Path, count: int, work: Path) -> Path:
+def train_rows(file: Path, count: int, work: Path) -> Path:
     """``count`` rows of ``file``, spread evenly over it, as a file of their own."""
     work.mkdir(parents=True, exist_ok=True)
     with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -81,7 +81,7 @@ def _rate(state: Path, settings: JsonObject, rows: Path, data: Path, work: Path,
     for rate in rates:
         if f"{rate:.1e}" not in tried:
             run, steps = work / f"{method}-rate-{rate:.1e}", search["steps"]
-            _train(settings, method, rows, data, run, seed=0, eval_steps=steps, max_steps=steps, learning_rate=rate)
+            train_by(settings, method, rows, data, run, seed=0, eval_steps=steps, max_steps=steps, learning_rate=rate)
             tried[f"{rate:.1e}"] = read_json(run / "run.json")["eval_loss"]
             write_json(kept, losses)
             shutil.rmtree(run)
@@ -94,7 +94,7 @@ def chosen_rate(rates: Sequence[float], losses: Mapping[str, float], margin: flo
     return best if losses[f"{best:.1e}"] < (1 - margin) * losses[f"{rates[0]:.1e}"] else rates[0]
 
 
-def _train(settings: JsonObject, method: str, rows: Path, data: Path, run: Path, **options: object) -> None:
+def train_by(settings: JsonObject, method: str, rows: Path, data: Path, run: Path, **options: object) -> None:
     if (run / "run.json").is_file() and read_json(run / "run.json")["status"] == "finished":
         return
     # A row of another name, as lora-int8, gives its method.

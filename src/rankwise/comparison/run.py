@@ -147,7 +147,7 @@ BESIDE_IMPORTS = 5.5
 PROBE_SECONDS, PROBES = 0.3, 3
 
 
-def _waiting() -> float:
+def waiting() -> float:
     """Elapsed time by processor time of a moment's work: above 1 where other programs take the processor."""
     return max(1.0, min(_waited() for _ in range(PROBES)))
 
@@ -194,7 +194,7 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
     except InputError as error:
         return f"The time cannot be estimated: {error.message}"
     if hardware.device_type == "cpu":
-        seconds *= _waiting()
+        seconds *= waiting()
     # Runs side by side share a processor.
     places = (given.jobs or 1) if hardware.device_type == "cuda" else 1
     mean, basis = (

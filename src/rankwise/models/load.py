@@ -85,7 +85,7 @@ def load_model(
         loaded = _load_gguf(source, wanted, choice.device, quantization)
     else:
         loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
-    _check_finite(loaded, source)
+    check_finite(loaded, source)
     if source.labels is not None:
         keep_heads_exact(loaded)
     if quantization is not None:
@@ -436,7 +436,7 @@ def _explaining(source: ModelSource) -> Iterator[None]:
         raise ModelError("RW316", f"transformers cannot load {source.name}: {one_line(error)}.") from error
 
 
-def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
+def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
     """Raise ModelError (RW323) for NaN or infinity in the weights, in one pass over them."""
     import torch
 

@@ -183,12 +183,12 @@ def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> P
     Raises ModelError: RW313 the hub cannot be reached and the cache does not have it; RW314 unknown repository or
     revision; RW315 gated; RW305 no safetensors weights.
     """
-    folder = _snapshot(repo, revision, [*SMALL_FILES, *(CODE_FILES if code else [])])
+    folder = snapshot(repo, revision, [*SMALL_FILES, *(CODE_FILES if code else [])])
     if not weights:
         return folder
     names = weights_names(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
     # Fetched by commit, so that a push in between cannot mix two versions.
-    _snapshot(repo, folder.name, names)
+    snapshot(repo, folder.name, names)
     if not any((folder / name).exists() for name in names):
         raise ModelError(
             "RW305",
@@ -198,7 +198,7 @@ def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> P
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

@@ -45,18 +45,20 @@ _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
 
 
-def set_implementation(name: str) -> None:
+def set_implementation(name: str | None) -> None:
     """Choose the implementation for the whole process: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
 
-    The environment variable ``RANKWISE_OPS`` does the same before the first use. A forced implementation that cannot
-    run raises RW607 at its first use; there is no fallback.
+    None: as at the start, what the environment variable ``RANKWISE_OPS`` names, and warnings are given anew. A forced
+    implementation that cannot run raises RW607 at its first use; there is no fallback.
 
     Raises:
         QuantizationError: RW607, no such name.
     """
     global _choice
-    _choice = _known(name)
+    _choice = name if name is None else _known(name)
     _modules.clear()
+    if name is None:
+        _said.clear()
 
 
 def forced() -> str:

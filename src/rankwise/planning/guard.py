@@ -93,7 +93,7 @@ class MemoryGuard:
                 model.facts,
                 over_file(model, over_stored(model.facts.stored, Traces(model, self.say))),
             )
-            smallest = self._ask(dataclasses.replace(workload, **SMALLEST))  # type: ignore[arg-type]
+            smallest = self.ask(dataclasses.replace(workload, **SMALLEST))  # type: ignore[arg-type]
         except InputError as error:
             warn("RW564", f"the memory of this run cannot be predicted, and it starts without that: {error.message}")
             self._run = None
@@ -116,10 +116,10 @@ class MemoryGuard:
             written = evaluation.rows if run.workload.written else 0
             other = dataclasses.replace(run.workload, evaluation=True, written=written, prompts=written)
             works.append(of_batch(other, evaluation))
-        run.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
-        predicted = self._ask(run.workload)
+        run.workload = max(works, key=lambda work: self.ask(work).peak_bytes)
+        predicted = self.ask(run.workload)
         if run.hardware.device_type == "cpu":
-            predicted = self._with_loaded(predicted, mapped)
+            predicted = self.with_loaded(predicted, mapped)
         self.predicted = predicted
         # The weights are loaded by now, so the memory that was free before loading is the measure.
         verdict = self._verdict(run, predicted, mapped.bytes)
@@ -148,7 +148,7 @@ class MemoryGuard:
         self.say(rounded_words(larger, more_bytes, fits=fits))
         return fits
 
-    def _with_loaded(self, predicted: MemoryEstimate, mapped: MappedFiles) -> MemoryEstimate:
+    def with_loaded(self, predicted: MemoryEstimate, mapped: MappedFiles) -> MemoryEstimate:
         """The prediction with what loading has left beside the model, in place of the plan's median: a tokenizer, many
         rows, the heap of a preparation."""
         from rankwise.acceleration import give_back_freed_memory
@@ -169,7 +169,8 @@ class MemoryGuard:
             limit = min(limit, round(AFTER_FAILURE * self.predicted.peak_bytes))
         return self._cheapest(self._run, limit)
 
-    def _ask(self, workload: Workload) -> MemoryEstimate:
+    def ask(self, workload: Workload) -> MemoryEstimate:
+        """The estimate of the run's method."""
         assert self._run is not None
         return self._run.estimate(self.settings["method"], workload)
 

@@ -121,7 +121,7 @@ class RewardedAnswers:
         prompts = [row for batch in batches for row in batch["prompts"]]
         own = ranks.share([*range(self.size)])
         places = [start * self.size + place for start in range(len(batches)) for place in own]
-        answers = self._written(prompts, places, self.scoring.temperature, self.seed << 32 | step)
+        answers = self.written(prompts, places, self.scoring.temperature, self.seed << 32 | step)
         is_cut = [answer[-1] not in self.stop_ids for answer in answers]
         own_scores = self._scored(prompts, answers)
         # Of the answers of all processes, by their places in the step.
@@ -156,7 +156,7 @@ class RewardedAnswers:
             made.append({**batch, "advantages": advantage[places[part]], "figures": {} if start else figures})
         return made
 
-    def _written(self, rows: Sequence[Row], places: Sequence[int], temperature: float, seed: int) -> list[list[int]]:
+    def written(self, rows: Sequence[Row], places: Sequence[int], temperature: float, seed: int) -> list[list[int]]:
         """The token ids of one answer to each prompt, with the stop token that ended it. Samples depend on the seed and
         on an answer's place in the step."""
         model: Any = self.scoring.model
@@ -236,7 +236,7 @@ class RewardedAnswers:
         for places in in_order(len(rows), EVALUATED_AT_ONCE * ranks.count()):
             own = ranks.share(places)
             asked = [rows[place] for place in own]
-            found = self._scored(asked, self._written(asked, own, 0.0, self.seed)) if own else []
+            found = self._scored(asked, self.written(asked, own, 0.0, self.seed)) if own else []
             scores += itertools.chain.from_iterable(ranks.gathered(found))
             pause()
         means = self._means(scores, self._weighted(scores, must=True))
