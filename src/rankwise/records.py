@@ -110,7 +110,7 @@ class RunRecord:
     # What --products auto took, and by which measurement (training/products.py).
     products: Literal["bfloat16", "int8"] | None = None
     products_measured: JsonObject | None = None
-    # The steps that were in 8 bits, where not all were.
+    # The last step in 8 bits, where a run does not end in them.
     eight_bit_steps: int | None = None
     # The most bytes of frozen weights that one process holds between steps.
     frozen_bytes: int | None = None

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rankwise.constants import LONG_RUN, MOST_ROUNDED_ONCE
 from rankwise.methods import method_of
+from rankwise.objectives import OBJECTIVES
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words, verdict_of, with_rounded
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD, eight_bits_share
@@ -216,11 +217,12 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
         yield "time", plan.pace_basis
     share = min(eight_bits_share(row.estimate.method, plan.workload) for row in plan.rows)
     if plan.workload.products == "auto" and share < 1:
+        has_reference = OBJECTIVES[plan.workload.objective].beta > 0
+        ending = "" if has_reference else f", and in the last quarter of {LONG_RUN} steps or more,"
         yield (
             "8 bits",
             "times hold if train's measurement on the model and its first rows admits 8-bit products of frozen "
-            f"weights; else, and in the last quarter of {LONG_RUN} steps or more, adapters' steps take "
-            f"{1 / share:.1f} times as long, with the same peak.",
+            f"weights; else{ending} adapters' steps take {1 / share:.1f} times as long, with the same peak.",
         )
         yield from rounded_lines(plan)
     if plan.hardware.device_type == "cuda" and any(method_of(row.estimate.method).four_bits for row in plan.rows):
