@@ -28,7 +28,7 @@ from typing import Any
 
 import contenders
 import results
-from evidence import MODELS, commit
+from evidence import MODELS
 
 import rankwise as rw
 from rankwise.config import TrainSettings, variant_of
@@ -92,7 +92,7 @@ def grids_of_list(given: argparse.Namespace) -> None:
     for cell in left[: given.grids]:
         print(cell, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as place:
-            grid = {**_measured(cell, given, Path(place)), "commit": commit(about)}
+            grid = {**_measured(cell, given, Path(place)), "commit": about["versions"]["rankwise"]}
         run = json.loads(FILE.read_text(encoding="utf-8"))
         grid["processor"] = results.processor(about)
         results.publish(given.output, "default_rates", run | {"grids": [*run["grids"], grid]}, page, "all")

@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -93,15 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     able = ("", *native.usable_levels())
     for cell in [cell for cell in cells() if cell.level in able and str(cell) not in done][: given.cells]:
         print(cell, file=sys.stderr, flush=True)
-        run["cells"][str(cell)] = {**measured(cell, given), "commit": commit(about)}
+        run["cells"][str(cell)] = {**measured(cell, given), "commit": about["versions"]["rankwise"]}
         results.publish(given.output, "evidence", run, page, file.stem)
-
-
-def commit(about: dict[str, Any]) -> str:
-    """That of this tree; without git the version that is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or str(about["versions"]["rankwise"])
 
 
 def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:

@@ -161,6 +161,7 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
     the same for results to be shown side by side."""
     card = torch.cuda.get_device_name() if given.device == "cuda" else "no card (a trial of the script)"
     versions = results.versions()
+    others = {package: number for package, number in versions.items() if package != "rankwise"}
     sources = [*sorted(SOURCE.rglob("*.py")), *sorted(HERE.glob("gpu*.py"))]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {
@@ -169,7 +170,7 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "machine": results.machine(),
         "versions": versions,
-        "identity": {"card": card, "versions": versions, "source": source},
+        "identity": {"card": card, "versions": others, "source": source},
     }
 
 

@@ -311,7 +311,12 @@ def main() -> None:
     else:
         headings += ["false better or worse, Student's t", "false better or worse", "false equivalent", "effect found"]
     title, about = ("with looks", ABOUT_LOOKS) if given.looks else ("", ABOUT)
-    lines = [f"# How often verdicts are false {title}".strip(), "", f"`{results.command()}`", ""]
+    lines = [
+        f"# How often verdicts are false {title}".strip(),
+        "",
+        f"`{results.command()}`, rankwise {results.commit()}",
+        "",
+    ]
     lines += [about.format(times=given.times), "", *results.table(headings, rows)]
     write_text(given.output / ("looks.md" if given.looks else "interval_coverage.md"), "\n".join(lines) + "\n")
 

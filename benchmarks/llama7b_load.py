@@ -169,7 +169,8 @@ def table(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         + (", double-quantized" if settings["double_quant"] else ""),
         "",
         f"1 x {TOKENS} tokens, gradient checkpointing, rank 16 on all linear layers, AdamW; "
-        f"{results[0]['threads']} threads, {results[0]['implementation']} operators, torch {settings['torch']}.",
+        f"{results[0]['threads']} threads, {results[0]['implementation']} operators, rankwise {settings['rankwise']}, "
+        f"torch {settings['torch']}.",
         "",
         "| phase | peak RssAnon | limit | mapped files | 4-bit model | load | step | loss |",
         "|---|---|---|---|---|---|---|---|",
@@ -219,9 +220,9 @@ def main() -> int:
 def report(phases: list[dict[str, Any]], given: argparse.Namespace) -> int:
     """Print and write the results; 1 when a phase took more memory than it may."""
     import results
-    import torch
 
-    settings = {"layers": given.layers, "double_quant": given.double_quant, "torch": torch.__version__}
+    versions = results.versions(("rankwise", "torch"))
+    settings = {"layers": given.layers, "double_quant": given.double_quant, **versions}
     text = table(phases, settings)
     if given.output:
         content = {**settings, "phases": phases}

@@ -180,7 +180,7 @@ def page(runs: list[results.Run]) -> list[str]:
         lines += [
             f"## {run['what']}: {run['machine']['processor']}, {run['machine']['threads']} threads",
             "",
-            f"`{run['command']}`",
+            f"`{run['command']}`, rankwise {run['versions']['rankwise']}",
             "",
         ]
         lines += [line for note in run.get("notes", ()) for line in (note, "")]

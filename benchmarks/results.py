@@ -1,7 +1,8 @@
 """Where results lie and what each says about its origin.
 
 A run of a benchmark is one JSON file in ``benchmarks/results``; ``SUBJECT.md`` beside it is made from all runs of a
-subject, a processor a column or a row.
+subject, a processor a column or a row. Records name the commit of the tree that was measured; those of before December
+3, 2026, name the one that added them, since they knew only the version of an older installation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -34,8 +36,19 @@ PACKAGES = ("rankwise", "torch", "transformers", "peft", "bitsandbytes", "trl", 
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """None for what is not installed."""
-    return {package: _version(package) for package in packages}
+    """None for what is not installed; of rankwise the commit of this tree, since an installation in place keeps the
+    version of the day it was made."""
+    found = {package: _version(package) for package in packages}
+    return found | ({"rankwise": commit() or found["rankwise"]} if "rankwise" in found else {})
+
+
+def commit() -> str:
+    """Of this tree, short; empty without git."""
+    command = ["git", "-C", str(FOLDER), "rev-parse", "--short=8", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _version(package: str) -> str | None:
