@@ -147,7 +147,7 @@ def few_rows(layers: Layers, T: int, rounds: int) -> tuple[dict[str, float], dic
 
 def many_rows(layers: Layers, T: int, rounds: int) -> dict[str, float]:
     """Forward and input gradient."""
-    N, K = layers.shape
+    N, K = layers.dense.weight.shape
     x = torch.randn(T, K, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
     grad = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).bfloat16()
 

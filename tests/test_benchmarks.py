@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,13 @@ def test_end_to_end_says_which_records_are_of_eight_bits() -> None:
 def test_a_record_of_an_unknown_commit_says_so(version: str, known: bool) -> None:
     run = {"machine": results.machine(), "versions": {"rankwise": version}, "command": "python x.py"}
     assert ("(commit unknown)" in results.where_from([run])[0]) is not known
+
+
+def test_four_bits_times_every_promise(tmp_path: Path) -> None:
+    words = ["--size", "128", "256", "--rounds", "3", "--output", str(tmp_path), "--name", "four_bits_small"]
+    # Its own process: the import silences logging.
+    subprocess.run([sys.executable, str(BENCHMARKS / "four_bits.py"), *words], check=True, capture_output=True)
+    assert "2048 forward + input gradient | bf16" in (tmp_path / "four_bits.md").read_text(encoding="utf-8")
 
 
 def _command_in_this_process(command: list[str]) -> int:
