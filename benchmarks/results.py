@@ -80,8 +80,15 @@ def _cpuinfo(key: str) -> str:
 
 
 def _instructions() -> str:
+    limits = {_for_files(name): f"limited to {name}" for name in INSTRUCTIONS}
+    if limit := limits.get(os.environ.get("RANKWISE_CPU_LEVEL", "")):
+        return limit
     flags = set(_cpuinfo("flags").split())
     return next((name for name, flag in INSTRUCTIONS.items() if flag in flags), platform.machine())
+
+
+def _for_files(words: str) -> str:
+    return words.lower().replace("-", "").replace(" ", "_")
 
 
 def _memory_gb() -> float | None:
@@ -163,7 +170,7 @@ def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], li
 
 def usual_name(subject: str, run: Run) -> str:
     """``steps_avx2_float32``."""
-    words = [subject, run["machine"]["instructions"].lower().replace("-", "").replace(" ", "_")]
+    words = [subject, _for_files(run["machine"]["instructions"]).removeprefix("limited_to_")]
     return "_".join([*words, *(run[key] for key in ("dtype",) if run.get(key, "bfloat16") != "bfloat16")])
 
 
@@ -175,7 +182,7 @@ def runs_of(subject: str, folder: Path) -> list[Run]:
 
 
 def _known(run: Run, order: list[str]) -> str:
-    name = run["machine"].get("instructions")
+    name = run["machine"].get("instructions", "").removeprefix("limited to ")
     return name if name in order else order[-1]
 
 
