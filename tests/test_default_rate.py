@@ -40,7 +40,11 @@ def test_the_default_follows_from_the_model_the_method_and_the_objective(
 
 
 def test_the_default_says_what_it_follows_from() -> None:
-    assert str(default_rate("llama", 576, given())) == "1.3e-3 (for llama of width 576; --learning-rate to change)"
+    assert str(default_rate("llama", 576, given())) == (
+        "1.3e-3 (for llama of width 576; data may want another: --learning-rate auto tries three)"
+    )
+    # The search is of demonstrations only.
+    assert str(default_rate("llama", 576, given(objective="dpo"))).endswith("; --learning-rate to change)")
     assert default_rate("qwen3", 4096, given(method="full", objective="kto")).reason == (
         "for qwen3 of width 4,096, all weights, kto"
     )

@@ -21,9 +21,16 @@ class DefaultRate(NamedTuple):
     rate: float
     # What it follows from.
     reason: str
+    # Whether a search can look for a better one: of one grid of ours the regret is 50 %.
+    searchable: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rate:.1e} ({self.reason}; --learning-rate to change)".replace("e-0", "e-")
+        remedy = (
+            "data may want another: --learning-rate auto tries three"
+            if self.searchable
+            else "--learning-rate to change"
+        )
+        return f"{self.rate:.1e} ({self.reason}; {remedy})".replace("e-0", "e-")
 
     @property
     def around(self) -> tuple[float, float, float]:
@@ -54,11 +61,11 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = of_adapter.get("loraplus_ratio")
     alpha = of_adapter.get("lora_alpha", REFERENCE_ALPHA)
-    share = OBJECTIVES[settings["objective"]].rate_share
+    objective = OBJECTIVES[settings["objective"]]
     factors = {
         "all weights": 1 / TIMES_FOR_ADAPTERS if method.trains_all else None,
         f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
-        settings["objective"]: share if share != 1 else None,
+        settings["objective"]: objective.rate_share if objective.rate_share != 1 else None,
         "PiSSA": OF_PISSA if str(of_adapter.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if of_adapter.get("use_rslora") else None,
         "LoRA+": 1 / ratio if ratio else None,
@@ -67,7 +74,7 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
         if factor is not None:
             rate *= factor
             reasons.append(reason)
-    return DefaultRate(_short(rate), f"for {', '.join(reasons)}")
+    return DefaultRate(_short(rate), f"for {', '.join(reasons)}", objective.of_demonstrations)
 
 
 def _short(rate: float) -> float:
