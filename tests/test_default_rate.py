@@ -22,6 +22,8 @@ def given(**options: Any) -> dict[str, Any]:
         ("gemma3_text", 640, {}, 5.5e-4),
         ("qwen3", 8192, {"method": "qdora"}, 1.7e-4),
         ("llama", 576, {"method": "full"}, 1.3e-4),
+        ("qwen2", 896, {"method": "full"}, 1.8e-5),
+        ("qwen3", 2048, {"method": "full"}, 4.9e-5),
         ("llama", 576, {"objective": "dpo"}, 6.6e-5),
         ("llama", 576, {"loraplus_ratio": 16.0}, 8.3e-5),
         ("llama", 576, {"init": "pissa:4"}, 2.6e-4),

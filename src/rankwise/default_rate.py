@@ -12,7 +12,7 @@ from rankwise.objectives import OBJECTIVES
 FULL_RATE, TIMES_FOR_ADAPTERS, REFERENCE_WIDTH, REFERENCE_ALPHA = 5e-5, 10, 2000, 32
 LLAMA, SMALL = 0.781, 0.0775
 # Fitted on our own grids (benchmarks/results/default_rates.md, article/claims).
-OF_PISSA, OF_RSLORA, POWER_OF_ALPHA = 1 / 5, 1 / 2, 0.75
+OF_PISSA, OF_RSLORA, POWER_OF_ALPHA, OF_SMALL_FULL = 1 / 5, 1 / 2, 0.75, 1 / 3
 # Neighbours in a grid of rates.
 HALF_DECADE = 10**0.5
 
@@ -46,7 +46,8 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     m is 10 (32 / alpha)^0.75 for adapters, 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, by
     Thinking Machines, 2025, with alpha = 32; tinker-cookbook's ``hyperparam_utils.py``). Qwens have 0.0775 there. Any
     other family gets the p with the lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it
-    lowers in tinker-cookbook's own sweep. docs/hyperparameters.md holds the regret on that sweep and on our grids.
+    lowers in tinker-cookbook's own sweep. With 0.0775, all weights get m = 1/3: fitted on grids of a Qwen of 0.5B, and
+    tried on Gemma's. docs/hyperparameters.md holds the regret on that sweep and on our grids.
 
     Raises ConfigError (RW103) for a width of 0, where the model's config does not give it.
     """
@@ -61,9 +62,10 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = of_adapter.get("loraplus_ratio")
     alpha = of_adapter.get("lora_alpha", REFERENCE_ALPHA)
+    share_of_full = OF_SMALL_FULL if power == SMALL else 1
     objective = OBJECTIVES[settings["objective"]]
     factors = {
-        "all weights": 1 / TIMES_FOR_ADAPTERS if method.trains_all else None,
+        "all weights": share_of_full / TIMES_FOR_ADAPTERS if method.trains_all else None,
         f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
         settings["objective"]: objective.rate_share if objective.rate_share != 1 else None,
         "PiSSA": OF_PISSA if str(of_adapter.get("init")).startswith("pissa") else None,
