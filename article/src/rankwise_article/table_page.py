@@ -33,8 +33,8 @@ MARGIN, SEEDS = 1.0, 3
 REFERENCE, FULL, EIGHT_BITS = "lora", "full", "-int8"
 NAMES = {
     "full": "full fine-tuning", "bottleneck": "bottleneck (Houlsby)", "prefix": "prefix", "lora": "LoRA",
-    "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "lora-int8": "LoRA, 8 bits", "dora-int8": "DoRA, 8 bits",
-    "qlora-int8": "QLoRA, 8 bits", "qdora-int8": "QDoRA, 8 bits",
+    "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "lora-int8": "LoRA (8 bits)", "dora-int8": "DoRA (8 bits)",
+    "qlora-int8": "QLoRA (8 bits)", "qdora-int8": "QDoRA (8 bits)",
 }  # fmt: skip
 DIFFERENCES = ("| method | BLEU | verdict | won, tied, lost |", "|---|---|---|---|")
 SCALES = {"BLEU": 100, "METEOR": 100, "ROUGE_L": 100, "NIST": 1, "CIDEr": 1}
